@@ -1,0 +1,1 @@
+"""Where models live: file formats and checkpoints."""
