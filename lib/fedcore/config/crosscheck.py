@@ -1,0 +1,80 @@
+"""Rules about several keys at once; each broken one is a warning, as MindSpore Federated 0.1 checks none."""
+
+from __future__ import annotations
+
+from fedcore.config.keys import SERVER_ROLES, Role
+from fedcore.config.settings import EncryptType, Settings
+from fedcore.core.quorum import update_threshold
+
+_MASK_TYPES = (EncryptType.PW_ENCRYPT, EncryptType.STABLE_PW_ENCRYPT)
+# exchangeKeys getKeys shareSecrets getSecrets getClientList reconstructSecrets, and the stable kind's two
+_CIPHER_ROUNDS = {EncryptType.PW_ENCRYPT: 6, EncryptType.STABLE_PW_ENCRYPT: 2}
+_WILDCARDS = ("0.0.0.0", "::")
+
+
+def cross_checks(settings: Settings, role: Role) -> list[str]:
+    """Warnings about values that are good alone and doubtful together.
+
+    Args:
+        settings: a file's settings.
+        role: which program asks; a scheduler uses none of the keys in question.
+
+    Returns:
+        One sentence per finding.
+    """
+    if role not in SERVER_ROLES:
+        return []
+    return [*_windows(settings), *_quorums(settings), *_addresses(settings)]
+
+
+def _windows(settings: Settings) -> list[str]:
+    cipher = settings.encrypt.pw_encrypt.cipher_time_window
+    windows = {
+        "round.start_fl_job_time_window": settings.round.start_fl_job_time_window,
+        "round.update_model_time_window": settings.round.update_model_time_window,
+        "round.global_iteration_time_window": settings.round.global_iteration_time_window,
+    }
+    rounds = _CIPHER_ROUNDS.get(settings.encrypt.encrypt_type, 0)
+    if rounds:
+        windows["encrypt.pw_encrypt.cipher_time_window"] = cipher
+    found = [
+        f"{path} is {window} ms: MindSpore Federated rounds it down to 0 s, here it is kept"
+        for path, window in windows.items()
+        if window < 1000
+    ]
+    whole = settings.round.global_iteration_time_window
+    total = (
+        settings.round.start_fl_job_time_window + settings.round.update_model_time_window + rounds * cipher
+    )
+    if whole < total:
+        found.append(
+            f"round.global_iteration_time_window is {whole} ms, shorter than its rounds' windows together, "
+            f"{total} ms: an iteration may end before its rounds may"
+        )
+    return found
+
+
+def _quorums(settings: Settings) -> list[str]:
+    selected = settings.round.start_fl_job_threshold
+    needed = update_threshold(selected, settings.round.update_model_ratio)
+    found = []
+    if needed > selected:
+        found.append(
+            f"round.start_fl_job_threshold {selected} and round.update_model_ratio "
+            f"{settings.round.update_model_ratio} need {needed} uploads in single precision, more than are "
+            "selected: no iteration can complete"
+        )
+    helpers = settings.encrypt.pw_encrypt.reconstruct_secrets_threshold + 1
+    if settings.encrypt.encrypt_type in _MASK_TYPES and helpers > needed:
+        found.append(
+            f"encrypt.pw_encrypt.reconstruct_secrets_threshold {helpers - 1} needs {helpers} clients, but "
+            f"{needed} uploads complete an iteration: masks could not be removed"
+        )
+    return found
+
+
+def _addresses(settings: Settings) -> list[str]:
+    ip = settings.fedcore.server.tcp_ip
+    if ip in _WILDCARDS:
+        return [f"fedcore.server.tcp_ip {ip} is announced to other nodes, which cannot connect to it"]
+    return []

@@ -1,0 +1,543 @@
+"""The settings: a tree of frozen dataclasses that mirrors the YAML file, key names included.
+
+Each field carries its own description (type, range, default, unit, help), see `fedcore.config.keys`; KEYS
+and SECTIONS are those descriptions as one table, in the order in which MindSpore Federated 0.1 reads the
+file, our own section `fedcore` last. The default of a *required* key is what a scheduler sees, which does not
+read the server's sections; a server never starts on it.
+"""
+# ruff: noqa: RUF009 - option() and section() return dataclasses.field(...)
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from fedcore.config.address import Address, UnixAddress, parse_address, parse_host, parse_redis_address
+from fedcore.config.keys import (
+    SERVER_ROLES,
+    U32_MAX,
+    Condition,
+    Key,
+    Kind,
+    Limits,
+    Section,
+    keys_of,
+    option,
+    parse_size,
+    section,
+    sections_of,
+)
+from fedcore.errors import ConfigError
+
+_U32 = Limits(1, U32_MAX)
+_POSITIVE = Limits(0.0, low_open=True)
+_SHARE = Limits(0.0, 1.0, low_open=True)
+_AT_LEAST_ONE = Limits(1)
+_PORT = Limits(1, 65535)
+
+_URL_PREFIX = re.compile(r"/[A-Za-z0-9/._~!$&'()*+,;=:@%-]*")
+_LEVEL = re.compile(r"[0-9]{1,4}")
+
+
+class ServerMode(StrEnum):
+    """Who trains: devices, devices and a cloud worker, or cloud workers alone."""
+
+    FEDERATED_LEARNING = "FEDERATED_LEARNING"
+    HYBRID_TRAINING = "HYBRID_TRAINING"
+    CLOUD_TRAINING = "CLOUD_TRAINING"
+
+
+class AggregationType(StrEnum):
+    """How uploads become the next model."""
+
+    FEDAVG = "FedAvg"
+    FEDPROX = "FedProx"
+    SCAFFOLD = "Scaffold"
+    FEDNOVA = "FedNova"
+
+
+class EvalType(StrEnum):
+    """Score of the unsupervised evaluation."""
+
+    NOT_EVAL = "NOT_EVAL"
+    SILHOUETTE_SCORE = "SILHOUETTE_SCORE"
+    CALINSKI_HARABASZ_SCORE = "CALINSKI_HARABASZ_SCORE"
+    DAVIES_BOULDIN_SCORE = "DAVIES_BOULDIN_SCORE"
+
+
+class EncryptType(StrEnum):
+    """How devices protect their uploads."""
+
+    NOT_ENCRYPT = "NOT_ENCRYPT"
+    PW_ENCRYPT = "PW_ENCRYPT"
+    STABLE_PW_ENCRYPT = "STABLE_PW_ENCRYPT"
+    DP_ENCRYPT = "DP_ENCRYPT"
+    SIGNDS = "SIGNDS"
+
+
+class UploadCompressType(StrEnum):
+    """Compression of weights on their way to the server."""
+
+    NO_COMPRESS = "NO_COMPRESS"
+    DIFF_SPARSE_QUANT = "DIFF_SPARSE_QUANT"
+
+
+class DownloadCompressType(StrEnum):
+    """Compression of weights on their way to devices."""
+
+    NO_COMPRESS = "NO_COMPRESS"
+    QUANT = "QUANT"
+
+
+class LogLevel(StrEnum):
+    """Least severity that is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARN = "warn"
+    ERROR = "error"
+
+
+_WITH_TLS = Condition("enable_ssl", (True,))
+_WITH_MASKS = Condition("encrypt.encrypt_type", (EncryptType.PW_ENCRYPT, EncryptType.STABLE_PW_ENCRYPT))
+
+
+def parse_url_prefix(text: str) -> str:
+    """Check a prefix of URL paths: it starts with a slash and holds only characters of a path.
+
+    Raises:
+        ConfigError: anything else, in the protocol's words.
+    """
+    if not _URL_PREFIX.fullmatch(text):
+        raise ConfigError(f"The http url:{text} is illegal!")
+    return text
+
+
+def parse_levels(text: str) -> tuple[int, int]:
+    """Read "a,b", two whole numbers of minutes with 1 <= a < b <= 2880.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    parts = text.split(",")
+    if len(parts) == 2 and all(_LEVEL.fullmatch(part) for part in parts):
+        first, second = int(parts[0]), int(parts[1])
+        if 1 <= first < second <= 2880:
+            return first, second
+    raise ConfigError(f"value is expected to be minutes a,b with 1 <= a < b <= 2880, but got {text}")
+
+
+@dataclass(frozen=True, slots=True)
+class AggregationSettings:
+    """The rule that turns uploads into the next model."""
+
+    aggregation_type: AggregationType = option(AggregationType.FEDAVG, "Rule of aggregation.")
+    iid_rate: float = option(0.0, "FedProx weight, used by workers only.", example=1.0, limits=_SHARE)
+    total_client_num: int = option(1, "Clients in the whole population; Scaffold divides by it.", limits=_U32)
+
+
+@dataclass(frozen=True, slots=True)
+class DistributedCacheSettings:
+    """Redis, the only state that servers share."""
+
+    type: str = option("", "Accepted and ignored: only redis exists.")
+    address: Address | UnixAddress = option(
+        Address("127.0.0.1", 6379),
+        "Redis: host:port, [IPv6]:port or unix:/path.",
+        kind=Kind.STR,
+        required=True,
+        example="127.0.0.1:6379",
+        parse=parse_redis_address,
+    )
+    plugin_lib_path: str = option("", "Accepted and ignored.")
+    cacert_filename: str = option(
+        "", "PEM file of the CA that signed Redis' certificate.", condition=_WITH_TLS
+    )
+    capath: str = option("", "Folder of hashed PEM CA certificates.", condition=_WITH_TLS)
+    cert_filename: str = option("", "PEM certificate that this node shows to Redis.", condition=_WITH_TLS)
+    private_key_filename: str = option("", "PEM key of that certificate.", condition=_WITH_TLS)
+    server_name: str = option("", "Server name (SNI) asked of Redis.", condition=_WITH_TLS)
+
+
+@dataclass(frozen=True, slots=True)
+class SslSettings:
+    """TLS of the device, operator and node listeners."""
+
+    server_cert_path: str = option(
+        "", "PKCS#12 file of the listeners.", required=True, example="/etc/fl/server.p12"
+    )
+    client_cert_path: str = option(
+        "", "PKCS#12 file shown to other nodes.", required=True, example="/etc/fl/client.p12"
+    )
+    ca_cert_path: str = option(
+        "", "PEM file of the CA that nodes trust.", required=True, example="/etc/fl/ca.crt"
+    )
+    crl_path: str = option("", "PEM revocation list, empty for none.")
+    cipher_list: str = option(
+        "",
+        "TLS 1.2 cipher suites, separated by colons.",
+        required=True,
+        example="ECDHE-RSA-AES128-GCM-SHA256:ECDHE-RSA-AES256-GCM-SHA384:ECDHE-RSA-CHACHA20-POLY1305",
+    )
+    cert_expire_warning_time_in_day: int = option(
+        90, "Warn when a certificate expires within this time.", unit="days", limits=Limits(7, 180)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSettings:
+    """Quorums and time windows of one iteration."""
+
+    start_fl_job_threshold: int = option(
+        1, "Clients that startFLJob selects for one iteration.", required=True, example=2, limits=_U32
+    )
+    start_fl_job_time_window: int = option(
+        300000,
+        "Time from the first startFLJob until that many must have come.",
+        unit="ms",
+        required=True,
+        example=30000,
+        limits=_U32,
+    )
+    update_model_ratio: float = option(
+        1.0, "Share of the selected clients that must upload.", required=True, example=1.0, limits=_SHARE
+    )
+    update_model_time_window: int = option(
+        300000,
+        "Time from the first updateModel until the quorum must be complete.",
+        unit="ms",
+        required=True,
+        example=30000,
+        limits=_U32,
+    )
+    global_iteration_time_window: int = option(
+        300000,
+        "Time that a whole iteration may take; also part of the life time of keys in Redis.",
+        unit="ms",
+        required=True,
+        example=60000,
+        limits=_U32,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SummarySettings:
+    """Files that tell about each iteration."""
+
+    participation_time_level: tuple[int, int] = option(
+        (5, 15),
+        "Two limits a,b of the time from startFLJob to updateModel, 1 <= a < b <= 2880; a bad value gives a "
+        "warning and the default.",
+        unit="minutes",
+        parse=parse_levels,
+        forgiving=True,
+    )
+    continuous_failure_times: int = option(
+        10, "Failed iterations in a row that are reported as an event.", limits=_AT_LEAST_ONE
+    )
+    metrics_file: str = option(
+        "", "One JSON line per iteration is appended here.", required=True, example="metrics.json"
+    )
+    failure_event_file: str = option("", "Events are appended here.", required=True, example="event.txt")
+    data_rate_dir: str = option("", "Folder of the data rate files, empty for none.")
+
+
+@dataclass(frozen=True, slots=True)
+class UnsupervisedSettings:
+    """Evaluation without labels."""
+
+    cluster_client_num: int = option(
+        0,
+        "Clients whose vectors are clustered; needed if eval_type is not NOT_EVAL.",
+        example=1000,
+        limits=_AT_LEAST_ONE,
+    )
+    eval_type: EvalType = option(EvalType.NOT_EVAL, "Score to compute.")
+
+
+@dataclass(frozen=True, slots=True)
+class PwEncryptSettings:
+    """Secure aggregation with pairwise masks."""
+
+    share_secrets_ratio: float = option(
+        1.0,
+        "Share of the clients of one cipher round that the next one needs.",
+        required=True,
+        example=1.0,
+        limits=_SHARE,
+    )
+    cipher_time_window: int = option(
+        1, "Time window of each cipher round.", unit="ms", required=True, example=3000, limits=_U32
+    )
+    reconstruct_secrets_threshold: int = option(
+        1,
+        "Shares that recover a secret, less one: r + 1 clients must help.",
+        required=True,
+        example=1,
+        limits=_U32,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DpEncryptSettings:
+    """Local differential privacy with Gaussian noise."""
+
+    dp_eps: float = option(50.0, "Privacy budget epsilon.", limits=_POSITIVE)
+    dp_delta: float = option(
+        0.01,
+        "Probability delta that epsilon does not hold.",
+        limits=Limits(0.0, 1.0, low_open=True, high_open=True),
+    )
+    dp_norm_clip: float = option(1.0, "Factor of the norm that updates are clipped to.", limits=_POSITIVE)
+
+
+@dataclass(frozen=True, slots=True)
+class SigndsSettings:
+    """Local differential privacy with signs of selected dimensions."""
+
+    sign_k: float = option(
+        0.01, "Share of the dimensions that count as top.", limits=Limits(0.0, 0.25, low_open=True)
+    )
+    sign_eps: float = option(100.0, "Privacy budget epsilon.", limits=Limits(0.0, 100.0, low_open=True))
+    sign_thr_ratio: float = option(
+        0.6, "Least share of top dimensions among the sent ones.", limits=Limits(0.5, 1.0)
+    )
+    sign_global_lr: float = option(0.1, "Step of the global model.", limits=_POSITIVE)
+    sign_dim_out: int = option(0, "Dimensions sent, 0 for automatic.", limits=Limits(0, 50))
+
+
+@dataclass(frozen=True, slots=True)
+class EncryptSettings:
+    """How devices protect their uploads."""
+
+    encrypt_type: EncryptType = option(EncryptType.NOT_ENCRYPT, "Protection of the uploads.")
+    pw_encrypt: PwEncryptSettings = section(
+        PwEncryptSettings, "Secure aggregation with pairwise masks.", condition=_WITH_MASKS
+    )
+    dp_encrypt: DpEncryptSettings = section(
+        DpEncryptSettings,
+        "Local differential privacy, Gaussian noise.",
+        condition=Condition("encrypt.encrypt_type", (EncryptType.DP_ENCRYPT,)),
+    )
+    signds: SigndsSettings = section(
+        SigndsSettings,
+        "Local differential privacy, signs of selected dimensions.",
+        condition=Condition("encrypt.encrypt_type", (EncryptType.SIGNDS,)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionSettings:
+    """Compression of weights."""
+
+    upload_compress_type: UploadCompressType = option(
+        UploadCompressType.NO_COMPRESS, "Of uploads; NO_COMPRESS is forced with PW_ENCRYPT and SIGNDS."
+    )
+    upload_sparse_rate: float = option(0.4, "Share of the weights that a sparse upload keeps.", limits=_SHARE)
+    download_compress_type: DownloadCompressType = option(DownloadCompressType.NO_COMPRESS, "Of downloads.")
+
+
+@dataclass(frozen=True, slots=True)
+class ClientVerifySettings:
+    """Certificates of devices."""
+
+    pki_verify: bool = option(False, "Devices must sign their requests with a certified key.")
+    root_first_ca_path: str = option("", "First root certificate of the devices.")
+    root_second_ca_path: str = option("", "Second root certificate of the devices.")
+    equip_crl_path: str = option("", "Revocation list of device certificates.")
+    replay_attack_time_diff: int = option(
+        600000, "Signed requests older or newer than this are refused.", unit="ms", limits=Limits(0)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """What devices are told, and their addresses."""
+
+    http_url_prefix: str = option(
+        "",
+        "Put before the name of each route as it is, so it begins and normally ends with a slash; empty: a "
+        "single slash.",
+        parse=parse_url_prefix,
+    )
+    client_epoch_num: int = option(25, "Epochs of local training.", limits=_AT_LEAST_ONE)
+    client_batch_size: int = option(32, "Batch size of local training.", limits=_AT_LEAST_ONE)
+    client_learning_rate: float = option(0.001, "Learning rate of local training.", limits=_POSITIVE)
+    connection_num: int = option(10000, "Greatest number of node connections (TCP).", limits=_AT_LEAST_ONE)
+
+
+@dataclass(frozen=True, slots=True)
+class RedisSettings:
+    """Patience with Redis."""
+
+    connect_timeout: float = option(
+        3.0, "Time to connect.", unit="s", limits=Limits(0.0, 60.0, low_open=True)
+    )
+    reply_timeout: float = option(
+        5.0,
+        "Time to answer a command; then the connection is given up.",
+        unit="s",
+        limits=Limits(0.0, 60.0, low_open=True),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSettings:
+    """Listeners of fl-schedulerd."""
+
+    manage_address: Address = option(
+        Address("127.0.0.1", 11202), "Operator API.", kind=Kind.STR, parse=parse_address
+    )
+    admin_address: Address = option(
+        Address("127.0.0.1", 11302), "Metrics and health.", kind=Kind.STR, parse=parse_address
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """Listeners and files of fl-serverd; instance N listens on each port + N."""
+
+    http_address: Address = option(
+        Address("127.0.0.1", 6666),
+        "Device API; instance N takes port + N.",
+        kind=Kind.STR,
+        parse=parse_address,
+    )
+    tcp_ip: str = option(
+        "", "Address under which other nodes reach this one; empty: the first usable one.", parse=parse_host
+    )
+    tcp_port: int = option(6766, "Node channel; instance N takes port + N.", limits=_PORT)
+    admin_address: Address = option(
+        Address("127.0.0.1", 6866),
+        "Metrics and health; instance N takes port + N.",
+        kind=Kind.STR,
+        parse=parse_address,
+    )
+    checkpoint_dir: str = option("./fl_ckpt", "Folder of the published models.")
+    model: str = option("", "File of the initial model, empty for none.")
+    ledger_dir: str = option("", "Folder of the update ledgers, empty for none.")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSettings:
+    """Limits of device connections."""
+
+    hold_time: float = option(
+        8.0,
+        "Longest time that a request waits at an iteration change; 0: it is answered at once.",
+        unit="s",
+        limits=Limits(0.0, 60.0),
+    )
+    header_timeout: float = option(
+        10.0, "Time for the head of a request.", unit="s", limits=Limits(0.0, 600.0, low_open=True)
+    )
+    body_timeout: float = option(
+        60.0,
+        "Longest time that a body may stay below min_body_rate.",
+        unit="s",
+        limits=Limits(0.0, 3600.0, low_open=True),
+    )
+    min_body_rate: int = option(
+        1024, "Least rate of a body, 0 for any.", unit="bytes/s", limits=Limits(0, 1000000000)
+    )
+    idle_timeout: float = option(
+        50.0,
+        "Time that a connection may rest between requests.",
+        unit="s",
+        limits=Limits(0.0, 3600.0, low_open=True),
+    )
+    max_connections: int = option(20000, "Greatest number of device connections.", limits=Limits(1, 1000000))
+    retry_margin: float = option(
+        5.0,
+        "A next_req_time lies at least this far in the future.",
+        unit="s",
+        limits=Limits(0.0, 3600.0),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerSettings:
+    """Where accepted uploads wait for their merge."""
+
+    memory_budget: int = option(
+        1 << 30,
+        "Size of a server's ledger; a number or a string such as 512MiB (B, KiB, MiB, GiB, TiB).",
+        kind=Kind.SIZE,
+        unit="bytes",
+        limits=Limits(1 << 20, 1 << 50),
+        parse=parse_size,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """The log."""
+
+    level: LogLevel = option(LogLevel.INFO, "Least severity that is logged.")
+
+
+@dataclass(frozen=True, slots=True)
+class FedcoreSettings:
+    """What MindSpore Federated does not know; an unknown key in here is an error."""
+
+    redis: RedisSettings = section(RedisSettings, "Patience with Redis.")
+    scheduler: SchedulerSettings = section(SchedulerSettings, "Listeners of fl-schedulerd.")
+    server: ServerSettings = section(ServerSettings, "Listeners and files of fl-serverd.")
+    device: DeviceSettings = section(DeviceSettings, "Limits of device connections.")
+    ledger: LedgerSettings = section(LedgerSettings, "Where accepted uploads wait for their merge.")
+    log: LogSettings = section(LogSettings, "The log.")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One configuration file."""
+
+    fl_name: str = option("", "Name of the job; part of its keys in Redis.", required=True, example="lenet")
+    fl_iteration_num: int = option(1, "Number of the last iteration.", required=True, example=25, limits=_U32)
+    server_mode: ServerMode = option(
+        ServerMode.FEDERATED_LEARNING,
+        "Who trains.",
+        required=True,
+        example=ServerMode.FEDERATED_LEARNING,
+        choice_fault="{} is invalid. Server mode must be " + ", ".join(ServerMode),
+    )
+    enable_ssl: bool = option(
+        False, "TLS for devices, operators, nodes and Redis.", required=True, example=False
+    )
+    aggregation: AggregationSettings = section(
+        AggregationSettings, "The rule that turns uploads into the next model."
+    )
+    distributed_cache: DistributedCacheSettings = section(
+        DistributedCacheSettings, "Redis, the only state that servers share."
+    )
+    ssl: SslSettings = section(SslSettings, "Certificates.", condition=_WITH_TLS)
+    round: RoundSettings = section(
+        RoundSettings, "Quorums and time windows of one iteration.", roles=SERVER_ROLES
+    )
+    summary: SummarySettings = section(
+        SummarySettings, "Files that tell about each iteration.", roles=SERVER_ROLES
+    )
+    unsupervised: UnsupervisedSettings = section(
+        UnsupervisedSettings, "Evaluation without labels.", roles=SERVER_ROLES
+    )
+    encrypt: EncryptSettings = section(
+        EncryptSettings, "How devices protect their uploads.", roles=SERVER_ROLES
+    )
+    compression: CompressionSettings = section(
+        CompressionSettings, "Compression of weights.", roles=SERVER_ROLES
+    )
+    client_verify: ClientVerifySettings = section(
+        ClientVerifySettings, "Certificates of devices.", roles=SERVER_ROLES
+    )
+    client: ClientSettings = section(
+        ClientSettings, "What devices are told, and their addresses.", roles=SERVER_ROLES
+    )
+    fedcore: FedcoreSettings = section(
+        FedcoreSettings,
+        "What MindSpore Federated does not know. An unknown key in here is an error, elsewhere a warning.",
+    )
+
+
+KEYS: tuple[Key, ...] = tuple(keys_of(Settings))
+SECTIONS: dict[str, Section] = dict(sections_of(Settings))

@@ -1,0 +1,1 @@
+"""Decisions: pure functions over small values; no arrays, no clock, no socket."""

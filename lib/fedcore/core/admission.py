@@ -1,0 +1,136 @@
+"""May this request be served now, and with which words: codes and texts are the protocol's own.
+
+A verdict is decided from the request and from what the store answered; nothing that depends on shared state is
+refused from a local copy alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from fedcore.core.job import RunningState
+
+SAFEMODE = "The cluster is in safemode."
+DISABLED_OR_FINISHED = "The server's training job is disabled or finished."
+
+MAX_DATA_SIZE = 65535
+SELECTED_OK = "success"
+UPDATE_OK = "success not ready"
+START_FULL = "Current amount for startFLJob has reached the threshold. Please startFLJob later."
+UPDATE_FULL = "Current amount for updateModel is enough. Please retry later."
+MISSING_UPDATE_PARTS = "Verify flatbuffers schema failed for RequestUpdateModel."
+MISSING_START_PARTS = "Verify flatbuffers schema failed for RequestFLJob."
+
+
+def bad_schema(table: str) -> str:
+    """Text for a body that is not the table of its route."""
+    return f"The schema of {table} is invalid."
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Code and reason of a reply; ``come_back`` asks for a next_req_time in the future."""
+
+    code: int
+    reason: str
+    come_back: bool = True
+
+
+def gate(*, round_name: str, stopping: bool, running: RunningState, store_available: bool) -> str | None:
+    """Return the text that answers a round while the server cannot take it, or None if it may pass.
+
+    A finished job still hands out its model, and a lost Redis does not hide the model that is in memory.
+    """
+    if stopping:
+        return DISABLED_OR_FINISHED
+    if running is RunningState.FINISH and round_name == "getModel":
+        return None
+    if running is not RunningState.RUNNING:
+        return DISABLED_OR_FINISHED
+    if not store_available and round_name != "getModel":
+        return SAFEMODE
+    return None
+
+
+class Selection(StrEnum):
+    """What the store answered to a startFLJob; the values are the script's words."""
+
+    SELECTED = "selected"
+    KNOWN = "known"  # a repeat: this client already holds a place
+    UPLOADED = "uploaded"  # this client's update of this iteration is already counted
+    FULL = "full"
+    UNFIT = "unfit"  # there is a place, but the request itself may not have it
+
+
+class Acceptance(StrEnum):
+    """What the store answered to an updateModel; the values are the script's words."""
+
+    ACCEPTED = "accepted"
+    REPEATED = "repeated"
+    FULL = "full"
+    UNKNOWN_CLIENT = "unknown"
+    OTHER_ITERATION = "other"
+    UNFIT = "unfit"  # everything shared allows it, but its weights may not count
+
+
+def data_size_fault(data_size: int) -> str | None:
+    """Return why a declared data size is refused, or None.
+
+    The original widens a negative size to a huge unsigned one and calls it too large; a test for "not enough"
+    comes first there too, so only 0 is not enough.
+    """
+    if data_size == 0:
+        return "FL job data size is not enough."
+    if not 0 < data_size <= MAX_DATA_SIZE:
+        return "FL job data size is too large."
+    return None
+
+
+def judge_start(selection: Selection, fl_id: str, fault: str | None) -> Verdict:
+    """Answer a startFLJob from the store's word.
+
+    Args:
+        selection: what the store said.
+        fl_id: the client, for the text.
+        fault: why the request itself is unfit, or None.
+    """
+    match selection:
+        case Selection.SELECTED | Selection.KNOWN:
+            return Verdict(200, SELECTED_OK)
+        case Selection.UPLOADED:
+            return Verdict(300, f"Updating device metadata failed for fl id {fl_id}")
+        case Selection.UNFIT:
+            return Verdict(300, fault or START_FULL)
+        case Selection.FULL:
+            return Verdict(300, START_FULL)
+
+
+def judge_update(
+    acceptance: Acceptance, fl_id: str, requested: int, current: int, next_req_time: int, fault: Verdict | None
+) -> Verdict:
+    """Answer an updateModel from the store's word.
+
+    Args:
+        acceptance: what the store said.
+        fl_id: the client, for the text.
+        requested: iteration named in the request.
+        current: the server's iteration.
+        next_req_time: milliseconds since the epoch, for the text.
+        fault: the answer to a request whose weights may not count, or None.
+    """
+    match acceptance:
+        case Acceptance.ACCEPTED | Acceptance.REPEATED:
+            return Verdict(200, UPDATE_OK, come_back=False)
+        case Acceptance.FULL:
+            return Verdict(300, UPDATE_FULL)
+        case Acceptance.UNKNOWN_CLIENT:
+            return Verdict(300, f"devices_meta for {fl_id} is not set. Please retry later.")
+        case Acceptance.OTHER_ITERATION:
+            return Verdict(
+                300,
+                f"UpdateModel iteration number is invalid:{requested}, current iteration:{current}, "
+                f"Retry later at time: {next_req_time}, fl id is {fl_id}",
+            )
+        case Acceptance.UNFIT:
+            return fault or Verdict(300, UPDATE_FULL)

@@ -1,0 +1,36 @@
+"""When to come back: chance and the clock are arguments."""
+
+from __future__ import annotations
+
+
+def next_request_time(now_ms: int, opens_ms: int, margin_ms: int, jitter: float) -> int:
+    """Return the ``next_req_time`` of a refusal.
+
+    Old devices die of a time that is not in the future of *their* clock and give up after two refusals in a row,
+    so the answer lies a margin after the expected start of the next iteration, and never closer than the margin.
+
+    Args:
+        now_ms: the server's clock, milliseconds since the epoch.
+        opens_ms: when the next iteration is expected to open, same clock.
+        margin_ms: distance that absorbs clock skew and late iterations, > 0.
+        jitter: 0..1, spreads the returns over one more margin.
+    """
+    return max(now_ms, opens_ms) + margin_ms + int(jitter * margin_ms)
+
+
+def expected_opening(
+    now_ms: int, started_ms: int | None, window_ms: int, typical_ms: int | None
+) -> int:
+    """Estimate when the next iteration opens.
+
+    Args:
+        now_ms: the server's clock.
+        started_ms: first startFLJob of the current iteration, or None if nobody came yet.
+        window_ms: sum of the round windows, the longest an iteration may take.
+        typical_ms: duration of the recent iterations, or None before the first has ended.
+    """
+    started = now_ms if started_ms is None else started_ms
+    longest = started + window_ms
+    if typical_ms is None:
+        return longest
+    return min(longest, max(now_ms, started + typical_ms))

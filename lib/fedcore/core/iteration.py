@@ -1,0 +1,424 @@
+"""One global iteration as a pure state machine.
+
+    collecting -> sealed -> reducing -> candidate -> collecting of the next iteration
+
+``step(state, event, now, policy)`` gives the next state and the effects to perform; everything that can change the
+phase is in TABLE below. Redis holds the authority: an effect such as Seal is a compare-and-set there, and the
+machine moves on with the event that reports its success. A lost compare-and-set is reported as Observed, with what
+Redis really says.
+
+The same machine runs on every server. Times are seconds of the server's monotonic clock; arrays never enter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from fedcore.core.job import RunningState
+from fedcore.errors import LocalError
+
+SUCCESS = "Weight aggregation finished! This iteration is valid. Proceed to next iteration."
+
+
+def round_timeout(round_name: str) -> str:
+    """Result text of an iteration whose round took longer than its window."""
+    return f"Round {round_name} timeout! This iteration is invalid. Proceed to next iteration."
+
+
+GLOBAL_TIMEOUT = "Global timer timeout! This iteration is invalid. Proceed to next iteration."
+
+
+def aggregation_failed(number: int) -> str:
+    """Result text of an iteration whose sum gave no model."""
+    return f"Weight aggregation failed, current iteration: {number}"
+
+
+def server_exited(number: int) -> str:
+    """Result text of an iteration that lost accepted updates with their server."""
+    return f"Server that processed updateModel requests exited, current iteration: {number}"
+
+
+def status_lost(number: int) -> str:
+    """Result text of an iteration whose shared state vanished."""
+    return f"The instance status info stored in distributed cache is empty, current iteration: {number}"
+
+
+class Phase(StrEnum):
+    """Step within an iteration; the values are what Redis holds."""
+
+    COLLECTING = "collecting"
+    SEALED = "sealed"
+    REDUCING = "reducing"
+    CANDIDATE = "candidate"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The numbers that rule an iteration.
+
+    Attributes:
+        start_threshold: places in an iteration (N), >= 1.
+        update_threshold: updates that complete it (U), 1..N.
+        start_window: seconds from the first to the last startFLJob.
+        update_window: seconds from the first to the last updateModel.
+        global_window: seconds from the first startFLJob to the seal.
+        last_iteration: the job's ``fl_iteration_num``.
+    """
+
+    start_threshold: int
+    update_threshold: int
+    start_window: float
+    update_window: float
+    global_window: float
+    last_iteration: int
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """What a server knows of the current iteration.
+
+    Attributes:
+        number: from 1; ``last_iteration + 1`` once the job is finished.
+        attempt: from 1; rises when a seal is undone.
+        running: state of the job.
+        selected: clients that hold a place.
+        uploaded: updates accepted on all servers.
+        started: time of the first startFLJob, or None.
+        first_upload: time of the first accepted updateModel, or None.
+        digest: digest of the candidate model, or "".
+    """
+
+    number: int
+    attempt: int = 1
+    phase: Phase = Phase.COLLECTING
+    running: RunningState = RunningState.RUNNING
+    selected: int = 0
+    uploaded: int = 0
+    started: float | None = None
+    first_upload: float | None = None
+    digest: str = ""
+
+    @property
+    def changing(self) -> bool:
+        """Whether the quorum is reached and the next iteration is on its way."""
+        return self.phase is not Phase.COLLECTING
+
+
+# ---- events: what happened
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSelected:
+    """A startFLJob was granted the ``count``-th place."""
+
+    number: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class UploadCounted:
+    """An updateModel was accepted as the ``count``-th."""
+
+    number: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """The clock moved; look at the deadlines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """The shared state says that no further update of this attempt counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReductionClaimed:
+    """This server is the one that makes the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReduced:
+    """The sum of all updates became a model."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReductionFailed:
+    """The updates gave no usable model."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateRecorded:
+    """The shared state names the digest of the new model."""
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateDurable:
+    """The new model survives the loss of this process."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdatesLost:
+    """Accepted updates of this iteration are in no ledger that anybody can read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advanced:
+    """The shared state went on to the next iteration by this server's doing."""
+
+    success: bool
+    result: str
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What the shared state says, read afresh while this server performs no effect.
+
+    Attributes:
+        iteration: the state there.
+        mine: whether this server is the one that makes the model.
+        success: whether the previous iteration was valid.
+        result: why it ended.
+    """
+
+    iteration: Iteration
+    mine: bool
+    success: bool
+    result: str
+
+
+# ---- effects: what is to be done
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """Stop counting updates, by compare-and-set; report Sealed."""
+
+    number: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimReduction:
+    """Try to become the one that makes the model; report ReductionClaimed."""
+
+    number: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """Sum the sealed partials into a model; report ModelReduced or ReductionFailed."""
+
+    number: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordCandidate:
+    """Name the new model's digest in the shared state; report CandidateRecorded."""
+
+    number: int
+    attempt: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class MakeDurable:
+    """Write the new model's checkpoint; report CandidateDurable."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """Go to the next iteration in the shared state, by compare-and-set; report Advanced."""
+
+    number: int
+    attempt: int
+    success: bool
+    result: str
+    finishes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Begin to serve iteration ``number``; the iteration before it ended as told."""
+
+    number: int
+    ended: int
+    success: bool
+    result: str
+
+
+Event = (
+    ClientSelected
+    | UploadCounted
+    | TimePassed
+    | Sealed
+    | ReductionClaimed
+    | ModelReduced
+    | ReductionFailed
+    | CandidateRecorded
+    | CandidateDurable
+    | UpdatesLost
+    | Advanced
+    | Observed
+)
+Effect = Seal | ClaimReduction | Reduce | RecordCandidate | MakeDurable | Advance | Open
+Step = tuple[Iteration, tuple[Effect, ...]]
+
+
+class WrongPhase(LocalError):
+    """An event arrived in a phase in which it cannot happen."""
+
+
+def step(state: Iteration, event: Event, now: float, policy: Policy) -> Step:
+    """Return the next state and the effects to perform.
+
+    Raises:
+        WrongPhase: the pair (phase, event) is not in TABLE.
+    """
+    try:
+        rule = TABLE[state.phase, type(event)]
+    except KeyError:
+        raise WrongPhase(f"{type(event).__name__} cannot happen while {state.phase.value}") from None
+    return rule(state, event, now, policy)
+
+
+def deadline(state: Iteration, policy: Policy) -> tuple[float, str] | None:
+    """Return when the iteration fails for want of time, and with which result; None while no clock runs.
+
+    A round's clock runs from its first to its last counted request, the global one from the first startFLJob.
+    After the seal nothing depends on devices and no clock runs.
+    """
+    if state.phase is not Phase.COLLECTING or state.started is None:
+        return None
+    clocks = [(state.started + policy.global_window, GLOBAL_TIMEOUT)]
+    if state.selected < policy.start_threshold:
+        clocks.append((state.started + policy.start_window, round_timeout("startFLJob")))
+    if state.first_upload is not None:
+        clocks.append((state.first_upload + policy.update_window, round_timeout("updateModel")))
+    return min(clocks)
+
+
+# ---- rules
+
+
+def _on_selected(state: Iteration, event: ClientSelected, now: float, policy: Policy) -> Step:
+    if event.number != state.number:
+        return state, ()
+    started = now if state.started is None else state.started
+    return replace(state, selected=max(state.selected, event.count), started=started), ()
+
+
+def _on_uploaded(state: Iteration, event: UploadCounted, now: float, policy: Policy) -> Step:
+    if event.number != state.number:
+        return state, ()
+    first = now if state.first_upload is None else state.first_upload
+    state = replace(state, uploaded=max(state.uploaded, event.count), first_upload=first)
+    return state, _seal_if_complete(state, policy)
+
+
+def _seal_if_complete(state: Iteration, policy: Policy) -> tuple[Effect, ...]:
+    return (Seal(state.number, state.attempt),) if state.uploaded >= policy.update_threshold else ()
+
+
+def _on_time(state: Iteration, event: TimePassed, now: float, policy: Policy) -> Step:
+    due = deadline(state, policy)
+    if due is None or now < due[0] or state.running is not RunningState.RUNNING:
+        return state, ()
+    return state, (_advance(state, policy, False, due[1]),)
+
+
+def _on_sealed(state: Iteration, event: Sealed, now: float, policy: Policy) -> Step:
+    return replace(state, phase=Phase.SEALED), (ClaimReduction(state.number, state.attempt),)
+
+
+def _on_claimed(state: Iteration, event: ReductionClaimed, now: float, policy: Policy) -> Step:
+    return replace(state, phase=Phase.REDUCING), (Reduce(state.number, state.attempt),)
+
+
+def _on_reduced(state: Iteration, event: ModelReduced, now: float, policy: Policy) -> Step:
+    return state, (RecordCandidate(state.number, state.attempt, event.digest),)
+
+
+def _on_reduction_failed(state: Iteration, event: ReductionFailed, now: float, policy: Policy) -> Step:
+    return state, (_advance(state, policy, False, event.reason),)
+
+
+def _on_recorded(state: Iteration, event: CandidateRecorded, now: float, policy: Policy) -> Step:
+    return replace(state, phase=Phase.CANDIDATE), (MakeDurable(state.number),)
+
+
+def _on_durable(state: Iteration, event: CandidateDurable, now: float, policy: Policy) -> Step:
+    return state, (_advance(state, policy, True, SUCCESS),)
+
+
+def _on_lost(state: Iteration, event: UpdatesLost, now: float, policy: Policy) -> Step:
+    return state, (_advance(state, policy, False, server_exited(state.number)),)
+
+
+def _advance(state: Iteration, policy: Policy, success: bool, result: str) -> Advance:
+    finishes = state.number >= policy.last_iteration
+    return Advance(state.number, state.attempt, success, result, finishes)
+
+
+def _on_advanced(state: Iteration, event: Advanced, now: float, policy: Policy) -> Step:
+    number = state.number + 1
+    running = RunningState.FINISH if number > policy.last_iteration else state.running
+    opened = Open(number, state.number, event.success, event.result)
+    return Iteration(number, running=running), (opened,)
+
+
+def _on_observed(state: Iteration, event: Observed, now: float, policy: Policy) -> Step:
+    """Adopt what the shared state says, forward or backward, and take up this server's part in it."""
+    seen = event.iteration
+    if seen.number != state.number:
+        return seen, (Open(seen.number, seen.number - 1, event.success, event.result),)
+    if seen.running is not RunningState.RUNNING:
+        return seen, ()
+    match seen.phase:
+        case Phase.COLLECTING:
+            return seen, _seal_if_complete(seen, policy)
+        case Phase.SEALED:
+            return seen, (ClaimReduction(seen.number, seen.attempt),)
+        case Phase.REDUCING if event.mine:
+            return seen, (Reduce(seen.number, seen.attempt),)
+        case Phase.CANDIDATE if event.mine:
+            return seen, (MakeDurable(seen.number),)
+    return seen, ()
+
+
+def _ignore(state: Iteration, event: Event, now: float, policy: Policy) -> Step:
+    """Late news of a phase that is over; the shared state has counted it already."""
+    return state, ()
+
+
+Rule = Callable[..., Step]
+TABLE: dict[tuple[Phase, type[Event]], Rule] = {
+    (Phase.COLLECTING, ClientSelected): _on_selected,
+    (Phase.COLLECTING, UploadCounted): _on_uploaded,
+    (Phase.COLLECTING, TimePassed): _on_time,
+    (Phase.COLLECTING, Sealed): _on_sealed,
+    (Phase.SEALED, ReductionClaimed): _on_claimed,
+    (Phase.REDUCING, ModelReduced): _on_reduced,
+    (Phase.REDUCING, ReductionFailed): _on_reduction_failed,
+    (Phase.REDUCING, CandidateRecorded): _on_recorded,
+    (Phase.CANDIDATE, CandidateDurable): _on_durable,
+    **{(phase, UpdatesLost): _on_lost for phase in Phase},
+    **{(phase, Advanced): _on_advanced for phase in Phase},
+    **{(phase, Observed): _on_observed for phase in Phase},
+    **{
+        (phase, late): _ignore
+        for phase in (Phase.SEALED, Phase.REDUCING, Phase.CANDIDATE)
+        for late in (ClientSelected, UploadCounted, TimePassed)
+    },
+}
