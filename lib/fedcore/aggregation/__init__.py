@@ -1,0 +1,1 @@
+"""Arrays to arrays: how updates become a model."""

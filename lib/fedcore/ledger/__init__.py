@@ -1,0 +1,1 @@
+"""Where accepted updates live until their model is published."""

@@ -1,0 +1,1 @@
+"""Where cluster state lives: Redis, its keys and its atomic scripts."""

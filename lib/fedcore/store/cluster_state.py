@@ -1,0 +1,263 @@
+"""The state that all nodes of a job share: each operation, its atomicity, its possible answers.
+
+Every change is one script (one atomic step) that says "if still X, apply Y". Nothing is cached here. A lost
+connection is StoreUnavailable; a state that is not there is None or StateMissing, never a default.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedcore.core.admission import Acceptance, Selection
+from fedcore.core.iteration import Iteration, Phase
+from fedcore.core.job import RunningState
+from fedcore.errors import StoreError
+from fedcore.store import keys
+from fedcore.store.redis import Redis
+
+
+class StateMissing(StoreError):
+    """Redis holds no status of this instance: it lost its data, or the keys expired."""
+
+
+class IterationMoved(StoreError):
+    """Redis is in another iteration, attempt or phase than the caller; ``number`` is Redis' iteration."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"the shared state is not where the caller is (now at iteration {number})")
+        self.number = number
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One atomic look at the state of job and iteration.
+
+    Attributes:
+        iteration: as core sees it, without its times.
+        started_ago: seconds since the first startFLJob, or None.
+        first_upload_ago: seconds since the first accepted updateModel, or None.
+        token: id of the node that makes the model, or "".
+        success: whether the previous iteration was valid.
+        result: why it ended.
+    """
+
+    iteration: Iteration
+    started_ago: float | None
+    first_upload_ago: float | None
+    token: str
+    success: bool
+    result: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClientMeta:
+    """What a client declared when it got its place.
+
+    Attributes:
+        data_size: training samples, 1..65535.
+        eval_data_size: evaluation samples, >= 0.
+        start_ms: when it was selected, milliseconds since the epoch, the server's clock.
+    """
+
+    data_size: int
+    eval_data_size: int
+    start_ms: int
+
+    def pack(self) -> str:
+        """Return the form that Redis holds."""
+        return f"{self.data_size},{self.eval_data_size},{self.start_ms}"
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> ClientMeta:
+        """Read the form that Redis holds."""
+        data_size, eval_data_size, start_ms = packed.split(b",")
+        return cls(int(data_size), int(eval_data_size), int(start_ms))
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A living member of the cluster."""
+
+    node_id: str
+    role: str
+    tcp_address: str
+
+
+async def current_instance(redis: Redis, fl_name: str) -> str | None:
+    """Return the name of the job's instance, or None if no server has made one."""
+    name = await redis.command("GET", keys.instance_name(fl_name))
+    return None if name is None else name.decode()
+
+
+async def claim_instance(redis: Redis, fl_name: str, proposed: str, ttl: int) -> str:
+    """Return the name of the job's instance, making ``proposed`` it if there is none."""
+    await redis.command("SET", keys.instance_name(fl_name), proposed, "EX", ttl, "NX")
+    return await current_instance(redis, fl_name) or proposed
+
+
+class ClusterState:
+    """The shared state of one instance of a job."""
+
+    def __init__(self, redis: Redis, fl_name: str, instance: str, global_window_ms: int) -> None:
+        """Bind to an instance; ``global_window_ms`` sets the lifetimes of the keys."""
+        self.redis = redis
+        self.keys = keys.InstanceKeys(fl_name, instance)
+        self._job_ttl = keys.job_ttl(global_window_ms)
+        self._iteration_ttl = keys.iteration_ttl(global_window_ms)
+
+    async def read(self) -> Snapshot | None:
+        """Return the state of job and iteration, or None if there is none."""
+        answer = await self.redis.script("read_status", [self.keys.status], [self.keys.prefix])
+        if not answer:
+            return None
+        now_ms, selected, uploaded = (int(part) for part in answer[:3])
+        fields = {key.decode(): value.decode() for key, value in zip(answer[3::2], answer[4::2], strict=True)}
+
+        def ago(field: str) -> float | None:
+            return (now_ms - int(fields[field])) / 1000 if field in fields else None
+
+        iteration = Iteration(
+            number=int(fields["iterationNum"]),
+            attempt=int(fields.get("attempt", 1)),
+            phase=Phase(fields.get("phase", Phase.COLLECTING)),
+            running=RunningState(int(fields.get("runningState", 0))),
+            selected=selected,
+            uploaded=uploaded,
+            digest=fields.get("digest", ""),
+        )
+        return Snapshot(
+            iteration,
+            ago("startedMs"),
+            ago("firstUploadMs"),
+            fields.get("token", ""),
+            fields.get("lastIterationSuccess") == "1",
+            fields.get("lastIterationResult", ""),
+        )
+
+    async def create(self, number: int, *, success: bool, result: str, running: RunningState) -> bool:
+        """Write the first state; False if there already is one."""
+        arguments = [self._job_ttl, number, int(success), result, int(running)]
+        return bool(await self.redis.script("create_status", [self.keys.status], arguments))
+
+    async def select_client(
+        self, number: int, fl_id: str, meta: ClientMeta, *, places: int, fit: bool, reserve_ms: int
+    ) -> tuple[Selection, int]:
+        """Give a client a place.
+
+        Args:
+            number: the iteration that the caller serves.
+            fl_id: the client.
+            meta: what it declared.
+            places: start_fl_job_threshold.
+            fit: False only asks what the answer would be.
+            reserve_ms: how long a refused client's place in the next iteration is kept.
+
+        Returns:
+            The outcome, and the count of selected clients where it is SELECTED.
+
+        Raises:
+            IterationMoved: no place is given in that iteration now.
+            StateMissing: Redis holds no state.
+        """
+        names = [self.keys.status, self.keys.clients(number), self.keys.uploads(number), self.keys.waiting]
+        arguments = [number, fl_id, meta.pack(), places, int(fit), self._iteration_ttl, reserve_ms]
+        word, count = await self.redis.script("select_client", names, arguments)
+        self._raise_if_elsewhere(word, count)
+        return Selection(word.decode()), int(count)
+
+    async def accept_upload(
+        self, number: int, attempt: int, requested: int, fl_id: str, *, quorum: int, ledger_id: str, fit: bool
+    ) -> tuple[Acceptance, int, ClientMeta | None]:
+        """Count an update; the answer ACCEPTED is the only permission to say 200.
+
+        Args:
+            number: the iteration that the caller serves.
+            attempt: its attempt.
+            requested: the iteration that the request names.
+            fl_id: the client.
+            quorum: updates that complete the iteration.
+            ledger_id: where the update lies.
+            fit: False only asks what the answer would be.
+
+        Returns:
+            The outcome, the count of accepted updates and the client's meta where it is ACCEPTED. An update that
+            this ledger had accepted before is ACCEPTED again; the caller knows whether it has it.
+
+        Raises:
+            IterationMoved: nothing is accepted in that iteration and attempt now.
+            StateMissing: Redis holds no state.
+        """
+        names = [
+            self.keys.status,
+            self.keys.clients(number),
+            self.keys.uploads(number),
+            self.keys.uploads(requested),
+        ]
+        arguments = [number, attempt, requested, fl_id, quorum, ledger_id, int(fit), self._iteration_ttl]
+        word, count, text = await self.redis.script("accept_upload", names, arguments)
+        self._raise_if_elsewhere(word, count)
+        acceptance = Acceptance(word.decode())
+        meta = ClientMeta.unpack(text) if acceptance is Acceptance.ACCEPTED else None
+        return acceptance, int(count), meta
+
+    async def uploads_by_ledger(self, number: int) -> dict[str, int]:
+        """Return how many accepted updates of an iteration lie in each ledger."""
+        answer = await self.redis.script("count_by_ledger", [self.keys.uploads(number)], [])
+        return {ledger.decode(): int(count) for ledger, count in zip(answer[::2], answer[1::2], strict=True)}
+
+    async def set_phase(
+        self, number: int, attempt: int, before: Phase, after: Phase, fields: Mapping[str, str] | None = None
+    ) -> bool:
+        """Go from one phase to the next by compare-and-set; False if the state is another one."""
+        extra = [part for item in (fields or {}).items() for part in item]
+        arguments = [number, attempt, before.value, after.value, *extra]
+        return bool(await self.redis.script("set_phase", [self.keys.status], arguments))
+
+    async def advance(self, number: int, attempt: int, *, success: bool, result: str, finishes: bool) -> bool:
+        """End iteration ``number`` and open the next by compare-and-set; False if the state is another one."""
+        names = [self.keys.status, self.keys.clients(number), self.keys.uploads(number)]
+        arguments = [number, attempt, number + 1, int(success), result, int(finishes)]
+        arguments += [self._job_ttl, keys.RELEASE_TTL_S]
+        return bool(await self.redis.script("advance", names, arguments))
+
+    async def offer_hyper_parameters(self, values: Mapping[str, object]) -> None:
+        """Write the hyper-parameters unless another server has."""
+        text = json.dumps(values, sort_keys=True)
+        await self.redis.command("SET", self.keys.hyper_params, text, "EX", self._job_ttl, "NX")
+
+    async def hyper_parameters(self) -> dict[str, object] | None:
+        """Return the shared hyper-parameters, or None if there are none."""
+        text = await self.redis.command("GET", self.keys.hyper_params)
+        return None if text is None else json.loads(text)
+
+    async def heartbeat(self, role: str, node_id: str, address: str) -> None:
+        """Say that a node lives; to be repeated well within ten seconds."""
+        names = [
+            self.keys.nodes(role),
+            self.keys.heartbeat(role, node_id),
+            keys.instance_name(self.keys.fl_name),
+            self.keys.status,
+            self.keys.hyper_params,
+        ]
+        await self.redis.script("heartbeat", names, [node_id, address, keys.HEARTBEAT_TTL_S, self._job_ttl])
+
+    async def leave(self, role: str, node_id: str) -> None:
+        """Take a node off the list."""
+        await self.redis.command("HDEL", self.keys.nodes(role), node_id)
+        await self.redis.command("DEL", self.keys.heartbeat(role, node_id))
+
+    async def nodes(self, role: str) -> list[Node]:
+        """Return the living nodes of a role in bytewise order of their ids; forget the dead ones."""
+        start, _, end = self.keys.heartbeat(role, "\0").partition("\0")
+        listed = await self.redis.script("list_nodes", [self.keys.nodes(role)], [start, end])
+        pairs = sorted(zip(listed[::2], listed[1::2], strict=True))
+        return [Node(node_id.decode(), role, address.decode()) for node_id, address in pairs]
+
+    @staticmethod
+    def _raise_if_elsewhere(word: bytes, number: bytes | int) -> None:
+        if word == b"missing":
+            raise StateMissing("Redis holds no status of this instance")
+        if word == b"closed":
+            raise IterationMoved(int(number))

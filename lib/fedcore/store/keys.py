@@ -1,0 +1,88 @@
+"""Every Redis key: its name, type, lifetime and writer.
+
+    key                                             type    lifetime   content, writer
+    ms_fl:{fl}:InstanceName:String                  string  job        instance name; first server, scheduler
+    P status:Hash                                   hash    job        state of job and iteration; scripts
+    P hyperParams:String                            string  job        JSON of the hyper-parameters; first server
+    P server:Hash                                   hash    job        node id -> ip:port; each server
+    P server:heartbeat:{node}:String                string  10 s       ip:port; each server, every second
+    P worker:Hash, P worker:heartbeat:{id}:String   as server           each worker
+    P waiting:ZSet                                  zset    job        refused fl_id -> end of its reserved place (ms)
+    I clients:Hash                                  hash    iteration  fl_id -> "data_size,eval_data_size,start_ms"
+    I uploads:Hash                                  hash    iteration  fl_id -> id of the ledger that holds the update
+
+with P = ms_fl:{fl}:{instance}: and I = P{iteration}:. The names down to worker:Hash are those that the workers and
+schedulers of MindSpore Federated 0.1 read; ``waiting``, ``clients`` and ``uploads`` are fedcore's own.
+
+Fields of status:Hash. Theirs: iterationNum, lastIterationSuccess ("0"/"1"), lastIterationResult, runningState.
+Ours: attempt, phase, token (of the server that reduces), digest (of the candidate model), startedMs and
+firstUploadMs (of this iteration, by Redis' clock).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HEARTBEAT_TTL_S = 10
+RELEASE_TTL_S = 60  # an ended iteration's clients and uploads still answer late repeats for this long
+_WEEK_S = 604_800
+_ITERATION_SLACK_S = 1_800
+
+
+def instance_name(fl_name: str) -> str:
+    """Key of the name of the job's current instance."""
+    return f"ms_fl:{fl_name}:InstanceName:String"
+
+
+def job_ttl(global_window_ms: int) -> int:
+    """Seconds that the keys of a job outlive their last renewal."""
+    return global_window_ms // 1000 + _WEEK_S
+
+
+def iteration_ttl(global_window_ms: int) -> int:
+    """Seconds that the keys of an iteration outlive their first write."""
+    return global_window_ms // 1000 + _ITERATION_SLACK_S
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceKeys:
+    """The keys of one instance of a job."""
+
+    fl_name: str
+    instance: str
+
+    @property
+    def prefix(self) -> str:
+        """Start of every key of the instance."""
+        return f"ms_fl:{self.fl_name}:{self.instance}:"
+
+    @property
+    def status(self) -> str:
+        """State of job and iteration."""
+        return f"{self.prefix}status:Hash"
+
+    @property
+    def hyper_params(self) -> str:
+        """The hyper-parameters that all servers share."""
+        return f"{self.prefix}hyperParams:String"
+
+    @property
+    def waiting(self) -> str:
+        """Places reserved for refused clients."""
+        return f"{self.prefix}waiting:ZSet"
+
+    def nodes(self, role: str) -> str:
+        """Nodes of a role (``server`` or ``worker``)."""
+        return f"{self.prefix}{role}:Hash"
+
+    def heartbeat(self, role: str, node_id: str) -> str:
+        """Life sign of a node."""
+        return f"{self.prefix}{role}:heartbeat:{node_id}:String"
+
+    def clients(self, iteration: int) -> str:
+        """Clients that hold a place in an iteration."""
+        return f"{self.prefix}{iteration}:clients:Hash"
+
+    def uploads(self, iteration: int) -> str:
+        """Accepted updates of an iteration."""
+        return f"{self.prefix}{iteration}:uploads:Hash"

@@ -1,0 +1,29 @@
+-- Count an update, at most once, and never beyond the quorum. The only permission to answer 200.
+-- KEYS: status hash, clients hash, uploads hash (both of iteration ARGV[1]), uploads hash of the request's iteration
+-- ARGV: the server's iteration, its attempt, the request's iteration, fl_id, quorum, ledger id,
+--       1 if the weights may count, lifetime in seconds
+-- Returns {word, number, text}: "missing"; "closed" (another iteration or attempt: number is the current iteration);
+-- "repeated" (text is the ledger that holds it), "full", "unknown", "other", "unfit", or "accepted" (number is the
+-- count, text the client's meta). A repeat by the same ledger is accepted again with the same count: its owner knows
+-- whether it has kept the update, or lost the first reply.
+local holder = redis.call('HGET', KEYS[4], ARGV[4])
+if holder and (holder ~= ARGV[6] or ARGV[3] ~= ARGV[1]) then return {'repeated', 0, holder} end
+local number, attempt, phase, state =
+  unpack(redis.call('HMGET', KEYS[1], 'iterationNum', 'attempt', 'phase', 'runningState'))
+if not number then return {'missing', 0, ''} end
+if number ~= ARGV[1] or attempt ~= ARGV[2] or state ~= '0' then return {'closed', tonumber(number), ''} end
+local count = redis.call('HLEN', KEYS[3])
+if holder then return {'accepted', count, redis.call('HGET', KEYS[2], ARGV[4])} end
+if count >= tonumber(ARGV[5]) or phase ~= 'collecting' then return {'full', count, ''} end
+local meta = redis.call('HGET', KEYS[2], ARGV[4])
+if not meta then return {'unknown', count, ''} end
+if ARGV[3] ~= number then return {'other', tonumber(number), ''} end
+if ARGV[7] ~= '1' then return {'unfit', count, ''} end
+
+redis.call('HSET', KEYS[3], ARGV[4], ARGV[6])
+if count == 0 then
+  redis.call('EXPIRE', KEYS[3], ARGV[8])
+  local time = redis.call('TIME')
+  redis.call('HSET', KEYS[1], 'firstUploadMs', time[1] * 1000 + math.floor(time[2] / 1000))
+end
+return {'accepted', count + 1, meta}
