@@ -1,0 +1,1 @@
+"""The daemons; each file only builds services and starts them."""

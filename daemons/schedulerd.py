@@ -1,0 +1,71 @@
+"""fl-schedulerd: the operator's window on a job."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fedcore.config import SCHEDULER_ADDRESS_FAULT, Role, parse_address
+from fedcore.net import reactor as monotonic_reactor
+
+monotonic_reactor.install()
+
+from fedcore.observe.health import Readiness  # noqa: E402
+from fedcore.observe.metrics import CommonMetrics  # noqa: E402
+from fedcore.services.admin import admin_site  # noqa: E402
+from fedcore.services.operator_api import OperatorApi, operator_site  # noqa: E402
+from fldaemons import launch  # noqa: E402
+
+EXAMPLES = """
+\b
+Examples:
+  fl-schedulerd --yaml-config /etc/fl/fl.yaml
+  fl-schedulerd --yaml-config fl.yaml --scheduler-manage-address 10.0.0.5:11202
+  curl http://127.0.0.1:11202/state
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@launch.common_options
+@launch.both_spellings("--scheduler-manage-address", help="host:port of the operator API.")
+def main(**options: Any) -> None:
+    """Serve the operator API of one job: a stateless window on Redis.
+
+    It may be restarted, or run twice, at any time; training does not notice.
+    """
+    sys.exit(launch.run("fl-schedulerd", lambda reactor: build(options, reactor)))
+
+
+def build(options: dict[str, Any], reactor: Any) -> launch.Daemon | None:
+    """Build the scheduler from its command line.
+
+    Raises:
+        ConfigError: the configuration cannot be used.
+    """
+    path: Path = options["yaml_config"]
+    settings = launch.configure(path, Role.SCHEDULER)
+    own = settings.fedcore.scheduler
+    manage, admin = own.manage_address, own.admin_address
+    if options["scheduler_manage_address"]:
+        manage = parse_address(options["scheduler_manage_address"], SCHEDULER_ADDRESS_FAULT)
+    if options["admin_address"]:
+        admin = parse_address(options["admin_address"])
+    context = launch.listening_context(settings, options["server_password_file"])
+    if options["check_config"]:
+        click.echo(f"{path}: the configuration is good")
+        return None
+    metrics = CommonMetrics("schedulerd")
+    redis = launch.redis_of(settings, metrics.redis_errors.inc, reactor)
+    metrics.redis_up.set_function(lambda: redis.available)
+    readiness = Readiness({"redis": lambda: None if redis.available else "no connection to Redis"})
+    api = OperatorApi(redis, settings.fl_name, settings.round.global_iteration_time_window)
+    return launch.Daemon(
+        [
+            launch.Listener("operator API", manage, operator_site(api), context),
+            launch.Listener("admin", admin, admin_site(readiness, metrics)),
+        ],
+        [redis],
+    )

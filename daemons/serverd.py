@@ -1,0 +1,107 @@
+"""fl-serverd: takes the devices' updates and makes the next model of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fedcore.config import HTTP_ADDRESS_FAULT, Role, address_of_instance, parse_address, parse_host, port_of_instance
+from fedcore.net import reactor as monotonic_reactor
+
+monotonic_reactor.install()
+
+from fedcore.observe.health import Readiness  # noqa: E402
+from fedcore.observe.metrics import ServerMetrics  # noqa: E402
+from fedcore.services.admin import admin_site  # noqa: E402
+from fedcore.services.callbacks import Callback  # noqa: E402
+from fedcore.services.server import Server, ServerOptions  # noqa: E402
+from fldaemons import launch  # noqa: E402
+
+EXAMPLES = """
+\b
+Examples:
+  fl-serverd --yaml-config /etc/fl/fl.yaml --model lenet.safetensors
+  fl-serverd --yaml-config fl.yaml --http-server-address 10.0.0.7:6666 --checkpoint-dir /var/lib/fl
+  fl-serverd --yaml-config fl.yaml --instance 3       ports 6669, 6769 and 6869
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@launch.common_options
+@launch.both_spellings("--http-server-address", help="host:port for devices, taken as it is.")
+@launch.both_spellings("--tcp-server-ip", help="Address for other nodes; default: the one that reaches Redis.")
+@launch.both_spellings("--checkpoint-dir", type=click.Path(path_type=Path), help="Folder of published models.")
+@launch.both_spellings(
+    "--model", type=click.Path(path_type=Path), help="Initial weights: .safetensors, .ckpt, .npz, .pt or .pth."
+)
+@launch.both_spellings(
+    "--instance", type=click.IntRange(0, 99), default=0, help="Number N of this server: configured ports + N."
+)
+@launch.both_spellings(
+    "--ledger-dir",
+    type=click.Path(path_type=Path),
+    help="Folder of the update ledger; this version keeps it in memory and says so.",
+)
+def main(**options: Any) -> None:
+    """Serve devices: give out the model, take updates, publish the next model, go on."""
+    sys.exit(serve(options))
+
+
+def serve(options: dict[str, Any], callback: Callback | None = None) -> int:
+    """Run a server until it is told to stop; for the command line and for people who embed a server.
+
+    Args:
+        options: the command line's options, names with underscores; see ``main``.
+        callback: follows the training.
+
+    Returns:
+        The exit code.
+    """
+    return launch.run("fl-serverd", lambda reactor: build(options, callback or Callback(), reactor))
+
+
+def build(options: dict[str, Any], callback: Callback, reactor: Any) -> launch.Daemon | None:
+    """Build the server from its command line.
+
+    Raises:
+        ConfigError: the configuration cannot be used.
+    """
+    path: Path = options["yaml_config"]
+    settings = launch.configure(path, Role.SERVER)
+    own, n = settings.fedcore.server, options["instance"]
+    http = address_of_instance(own.http_address, n)
+    admin = address_of_instance(own.admin_address, n)
+    if options["http_server_address"]:
+        http = parse_address(options["http_server_address"], HTTP_ADDRESS_FAULT)
+    if options["admin_address"]:
+        admin = parse_address(options["admin_address"])
+    model = options["model"] or (Path(own.model) if own.model else None)
+    if options["ledger_dir"] or own.ledger_dir:
+        launch.log.warn("this version keeps the update ledger in memory; the ledger folder is not used")
+    tcp_ip = parse_host(options["tcp_server_ip"]) if options["tcp_server_ip"] else own.tcp_ip
+    server_options = ServerOptions(
+        checkpoint_dir=options["checkpoint_dir"] or Path(own.checkpoint_dir),
+        model=model,
+        tcp_ip=tcp_ip,
+        tcp_port=port_of_instance(own.tcp_port, n),
+    )
+    context = launch.listening_context(settings, options["server_password_file"])
+    metrics = ServerMetrics()
+    redis = launch.redis_of(settings, metrics.redis_errors.inc, reactor)
+    server = Server(settings, server_options, redis, metrics, callback, reactor)
+    if options["check_config"]:
+        click.echo(f"{path}: the configuration is good")
+        return None
+    readiness = Readiness(server.checks())
+    return launch.Daemon(
+        [
+            launch.Listener("device API", http, server.site, context),
+            launch.Listener("admin", admin, admin_site(readiness, metrics)),
+        ],
+        server.services,
+        server.started,
+        server.drain,
+    )

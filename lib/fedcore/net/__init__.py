@@ -1,0 +1,1 @@
+"""Sockets: HTTP for devices, TLS contexts."""

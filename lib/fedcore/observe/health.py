@@ -1,0 +1,18 @@
+"""Is this daemon ready, and if not, why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Named checks, each giving the reason why it is not ready, or None."""
+
+    checks: Mapping[str, Callable[[], str | None]]
+
+    def reasons(self) -> dict[str, str]:
+        """Return check -> reason for all that are not ready."""
+        found = ((name, check()) for name, check in self.checks.items())
+        return {name: reason for name, reason in found if reason is not None}

@@ -1,0 +1,97 @@
+"""Every metric, declared once.
+
+Names are fl_<noun>_<unit>[_total] in base units; labels come from closed sets, never from a client.
+"""
+
+from __future__ import annotations
+
+import platform
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from fedcore import __version__
+from fedcore.core.iteration import Phase
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OUTCOMES = {200: "accepted", 201: "not_ready", 300: "come_back", 400: "rejected", 500: "failed"}
+UNAVAILABLE = "unavailable"
+_REQUEST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_ITERATION_BUCKETS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600, 14400)
+
+
+class CommonMetrics:
+    """What every daemon tells."""
+
+    def __init__(self, role: str) -> None:
+        self.registry = CollectorRegistry()
+        build = Gauge("fl_build_info", "Version of this daemon; always 1", ["version", "python", "role"], registry=self.registry)
+        build.labels(__version__, platform.python_version(), role).set(1)
+        self.redis_errors = Counter("fl_redis_errors_total", "Redis commands that failed", registry=self.registry)
+        self.redis_up = Gauge("fl_redis_up", "1 while the connection to Redis stands", registry=self.registry)
+
+    def render(self) -> bytes:
+        """Return all metrics in the text format of Prometheus."""
+        return generate_latest(self.registry)
+
+
+class ServerMetrics(CommonMetrics):
+    """What fl-serverd tells."""
+
+    def __init__(self) -> None:
+        super().__init__("serverd")
+        registry = self.registry
+        self._requests = Counter(
+            "fl_requests_total", "Answered device requests", ["route", "outcome"], registry=registry
+        )
+        self._durations = Histogram(
+            "fl_request_duration_seconds",
+            "From the complete body to the answer, held time included",
+            ["route"],
+            buckets=_REQUEST_BUCKETS,
+            registry=registry,
+        )
+        self.upload_bytes = Counter("fl_upload_bytes_total", "Bytes of accepted updates", registry=registry)
+        self.updates_accepted = Counter("fl_updates_accepted_total", "Updates counted", registry=registry)
+        self._updates_refused = Counter(
+            "fl_updates_refused_total", "Updates not counted, by reason", ["reason"], registry=registry
+        )
+        self.connections = Gauge("fl_device_connections", "Open device connections", registry=registry)
+        self.iteration = Gauge("fl_iteration", "Number of the current iteration", registry=registry)
+        self._phase = Gauge("fl_iteration_phase", "1 for the current phase", ["phase"], registry=registry)
+        self.counts = Gauge("fl_iteration_clients", "Clients counted in this iteration", ["round"], registry=registry)
+        self.quorums = Gauge("fl_iteration_quorum_clients", "Clients needed", ["round"], registry=registry)
+        self.iterations = Counter(
+            "fl_iterations_total", "Ended iterations by outcome", ["outcome"], registry=registry
+        )
+        self.iteration_duration = Histogram(
+            "fl_iteration_duration_seconds",
+            "From the first startFLJob to the next iteration",
+            buckets=_ITERATION_BUCKETS,
+            registry=registry,
+        )
+        self.publication = Histogram(
+            "fl_publication_duration_seconds",
+            "From the last accepted update to the new model being served",
+            buckets=_REQUEST_BUCKETS,
+            registry=registry,
+        )
+        self._children: dict[tuple[str, str], Counter] = {}
+        self._timers: dict[str, Histogram] = {}
+
+    def request(self, route: str, outcome: str, seconds: float) -> None:
+        """Count one answered request; ``outcome`` is one of OUTCOMES or UNAVAILABLE."""
+        counter = self._children.get((route, outcome))
+        if counter is None:
+            counter = self._children[route, outcome] = self._requests.labels(route, outcome)
+            self._timers[route] = self._durations.labels(route)
+        counter.inc()
+        self._timers[route].observe(seconds)
+
+    def refuse_update(self, reason: str) -> None:
+        """Count one refused update; ``reason`` is an Acceptance, ``malformed`` or ``model``."""
+        self._updates_refused.labels(reason).inc()
+
+    def show_phase(self, current: Phase) -> None:
+        """Mark the current phase."""
+        for phase in Phase:
+            self._phase.labels(phase.value).set(phase is current)

@@ -1,0 +1,1 @@
+"""One Twisted service per file; the thin shell around the pure packages."""

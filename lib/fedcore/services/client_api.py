@@ -1,0 +1,423 @@
+"""The device routes startFLJob, updateModel and getModel, each one function from body to answer.
+
+A request passes the gate, is decoded, is judged by the shared state and is answered from ``core.admission``'s
+verdict. While the iteration changes or Redis is away, a request is held for a moment rather than refused: old
+devices give up after two refusals.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from twisted.internet import defer
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from fedcore.config import Settings
+from fedcore.core import admission, backoff
+from fedcore.core.admission import Acceptance, Selection, Verdict
+from fedcore.core.iteration import ClientSelected
+from fedcore.core.quorum import update_threshold
+from fedcore.errors import ArrayError, FedcoreError, MalformedRequest, StoreError
+from fedcore.ledger.ledger import Slot
+from fedcore.net.device_http import Response, Route, Sink
+from fedcore.observe.metrics import OUTCOMES, UNAVAILABLE, ServerMetrics
+from fedcore.services.answers import Answer, Answers
+from fedcore.services.iteration_driver import IterationDriver
+from fedcore.services.update_intake import UpdateIntake
+from fedcore.store.cluster_state import ClientMeta, IterationMoved
+from fedcore.wire import codec
+from fedcore.wire.arrays import Layout, all_finite, check_update
+from fedcore.wire.messages import (
+    CompressType,
+    RequestFLJob,
+    RequestGetModel,
+    RequestUpdateModel,
+    UnsupervisedEvalItems,
+)
+
+START_LIMIT = 256 * 1024  # bytes; a request with its certificate chain takes some 20 KiB
+GET_LIMIT = 64 * 1024
+INNER_ERROR = "An inner error occurred"
+RESERVE_SLACK_MS = 15_000  # how much later than told a refused device may come and still find its place
+_TEXT = b"text/html; charset=ISO-8859-1"  # what the original sends with everything; old devices do not look
+
+
+def update_limit(layout: Layout) -> int:
+    """Return the longest body of an updateModel: all weights, their names, and room for everything else."""
+    return 4 * layout.total_floats + sum(2 * len(weight.name.encode()) + 128 for weight in layout) + 256 * 1024
+
+
+@dataclass(slots=True)
+class Memory:
+    """A sink in ordinary memory, for small bodies."""
+
+    buffer: memoryview
+    length: int = 0
+
+
+class ClientApi:
+    """Answers devices.
+
+    Attributes:
+        stopping: True answers every round with the text of a finished job.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        settings: Settings,
+        layout: Layout,
+        driver: IterationDriver,
+        intake: UpdateIntake,
+        metrics: ServerMetrics,
+        reactor: Any,
+        now_ms: Callable[[], int],
+        chance: Callable[[], float],
+    ) -> None:
+        """Answer from ``driver`` and ``intake``; ``now_ms`` is the wall clock, ``chance`` gives 0..1."""
+        self.stopping = False
+        self.driver = driver
+        self.intake = intake
+        self.layout = layout
+        self.answers = Answers(settings, driver.models)
+        self.answers.open(driver.iteration.number)
+        self._places = settings.round.start_fl_job_threshold
+        self._quorum = update_threshold(self._places, settings.round.update_model_ratio)
+        self._window_ms = settings.round.start_fl_job_time_window + settings.round.update_model_time_window
+        self._hold = settings.fedcore.device.hold_time
+        self._margin_ms = int(settings.fedcore.device.retry_margin * 1000)
+        self._metrics = metrics
+        self._reactor = reactor
+        self._now_ms = now_ms
+        self._chance = chance
+        self._answers_of = 0
+
+    # ---- rounds
+
+    async def start_fl_job(self, body: memoryview) -> Answer | str:
+        """Give a device a place in the iteration."""
+        try:
+            request = codec.decode(RequestFLJob, body)
+        except MalformedRequest:
+            return self._refuse_start(Verdict(400, admission.bad_schema("RequestFLJob")))
+        if request.fl_id is None or request.fl_name is None or request.timestamp is None:
+            return self._refuse_start(Verdict(400, admission.MISSING_START_PARTS))
+        fault = admission.data_size_fault(request.data_size)
+        until = self._reactor.seconds() + self._hold
+        while True:
+            text = await self._pass_gate("startFLJob", until)
+            if text is not None:
+                return text
+            number = self.driver.iteration.number
+            try:
+                selection = await self._select(request, number, fault is None)
+            except StoreError as error:
+                if await self._settled(error, number, until):
+                    continue
+                selection = Selection.FULL
+            if selection is Selection.FULL and self._complete and await self._moved_on(number, until):
+                continue
+            verdict = admission.judge_start(selection, request.fl_id, fault)
+            return self._current.selected(self._opening()) if verdict.code == 200 else self._refuse_start(verdict)
+
+    async def update_model(self, slot: Slot) -> Answer | str:
+        """Count a device's update; the slot is ours to keep or release."""
+        kept = False
+        try:
+            request = codec.decode(RequestUpdateModel, slot.body)
+            missing = _missing_parts(request)
+            if missing is not None:
+                self._metrics.refuse_update("malformed")
+                return self._answer_update(missing)
+            acceptance, answer = await self._count(slot, request)
+            kept = acceptance is Acceptance.ACCEPTED
+            return answer
+        except MalformedRequest:
+            self._metrics.refuse_update("malformed")
+            return self._answer_update(Verdict(400, admission.bad_schema("RequestUpdateModel")))
+        finally:
+            if not kept:
+                self.intake.release(slot)
+
+    async def get_model(self, body: memoryview) -> Answer | str:
+        """Hand out a model."""
+        try:
+            request = codec.decode(RequestGetModel, body)
+        except MalformedRequest:
+            return self._current.model_refused(400, admission.bad_schema("RequestGetModel"))
+        text = await self._pass_gate("getModel", self._reactor.seconds())
+        if text is not None:
+            return text
+        iteration = self.driver.iteration
+        if request.iteration == iteration.number:
+            until = self._reactor.seconds() + self._hold
+            if not self._complete or not await self._moved_on(iteration.number, until):
+                return self._current.model_not_ready(self._next_req_time())
+        return self._current.model(request.iteration, self._opening())
+
+    # ---- steps
+
+    async def _select(self, request: RequestFLJob, number: int, fit: bool) -> Selection:
+        cluster = self.driver.cluster
+        assert cluster is not None and request.fl_id is not None
+        meta = ClientMeta(request.data_size, max(0, request.eval_data_size), self._now_ms())
+        reserve_ms = self._next_req_time() - self._now_ms() + RESERVE_SLACK_MS
+        selection, count = await cluster.select_client(
+            number, request.fl_id, meta, places=self._places, fit=fit, reserve_ms=reserve_ms
+        )
+        if selection is Selection.SELECTED:
+            self.driver.note(ClientSelected(number, count))
+        return selection
+
+    async def _count(self, slot: Slot, request: RequestUpdateModel) -> tuple[Acceptance | None, Answer | str]:
+        fault = self._model_fault(request)
+        until = self._reactor.seconds() + self._hold
+        while True:
+            text = await self._pass_gate("updateModel", until)
+            if text is not None:
+                return None, text
+            cluster, iteration = self.driver.cluster, self.driver.iteration
+            assert cluster is not None
+            try:
+                acceptance, count = await self.intake.accept(
+                    slot,
+                    request,
+                    cluster,
+                    iteration.number,
+                    iteration.attempt,
+                    quorum=self._quorum,
+                    fit=fault is None,
+                )
+            except StoreError as error:
+                if await self._settled(error, iteration.number, until):
+                    continue
+                acceptance, count = Acceptance.FULL, 0
+            if acceptance is Acceptance.ACCEPTED:
+                self._metrics.updates_accepted.inc()
+                self._metrics.upload_bytes.inc(slot.length)
+                self.driver.upload_counted(iteration.number, count)
+            elif acceptance is not Acceptance.REPEATED:
+                self._metrics.refuse_update(acceptance.value)
+            verdict = admission.judge_update(
+                acceptance,
+                request.fl_id or "",
+                request.iteration,
+                self.driver.iteration.number,
+                self._next_req_time(),
+                fault,
+            )
+            return acceptance, self._answer_update(verdict)
+
+    def _model_fault(self, request: RequestUpdateModel) -> Verdict | None:
+        named = ((item.weight_fullname, item.data) for item in request.feature_map or ())
+        weights = {name: data for name, data in named if name is not None and data is not None}
+        try:
+            check_update(self.layout, weights)
+        except ArrayError:
+            text = f"Verify model feature map failed, retry later at time: {self._next_req_time()}"
+            return Verdict(400, text)
+        return None
+
+    # ---- holding and refusing
+
+    async def _pass_gate(self, round_name: str, until: float) -> str | None:
+        """Return the text that refuses a round, or None; waits for Redis until the given moment."""
+        while True:
+            text = admission.gate(
+                round_name=round_name,
+                stopping=self.stopping,
+                running=self.driver.iteration.running,
+                store_available=self.driver.joined,
+            )
+            if text is not admission.SAFEMODE or not await self._store_back(until):
+                return text
+
+    async def _store_back(self, until: float) -> bool:
+        """Wait until the shared state can be reached; False if that takes too long."""
+        left = until - self._reactor.seconds()
+        return left > 0 and await self.driver.store_back(left)
+
+    async def _moved_on(self, number: int, until: float) -> bool:
+        return await self.driver.moved_on(number, max(0.0, until - self._reactor.seconds()))
+
+    async def _settled(self, error: StoreError, number: int, until: float) -> bool:
+        """After the shared state proved to be elsewhere or away: whether another try is worth it."""
+        if isinstance(error, IterationMoved) and error.number == number:
+            return await self._moved_on(number, until)  # sealed: the next iteration is on its way
+        if self._reactor.seconds() >= until:
+            return False
+        try:
+            await self.driver.look()
+        except StoreError:
+            return await self._store_back(until)
+        return self.driver.iteration.number != number or await self._moved_on(number, until)
+
+    @property
+    def _complete(self) -> bool:
+        """Whether the quorum is reached, so that the next iteration is near."""
+        return self.driver.iteration.changing or self.driver.iteration.uploaded >= self._quorum
+
+    @property
+    def _current(self) -> Answers:
+        """The answers, those of an ended iteration forgotten."""
+        number = self.driver.iteration.number
+        if self._answers_of != number:
+            self._answers_of = number
+            self.answers.open(number)
+        return self.answers
+
+    def _opening(self) -> int:
+        """Return when the next iteration opens at the latest, milliseconds since the epoch."""
+        return backoff.next_request_time(self._now_ms(), self._now_ms() + self._window_ms, self._margin_ms, 0.0)
+
+    def _next_req_time(self) -> int:
+        """Return when a refused device shall come back."""
+        started, typical = self.driver.iteration.started, self.driver.typical
+        now = self._now_ms()
+        started_ms = None if started is None else now - int((self._reactor.seconds() - started) * 1000)
+        typical_ms = None if typical is None else int(typical * 1000)
+        opens = backoff.expected_opening(now, started_ms, self._window_ms, typical_ms)
+        return backoff.next_request_time(now, opens, self._margin_ms, self._chance())
+
+    def _refuse_start(self, verdict: Verdict) -> Answer:
+        return self._current.start_refused(verdict.code, verdict.reason, self._next_req_time())
+
+    def _answer_update(self, verdict: Verdict) -> Answer:
+        return self._current.update(verdict.code, verdict.reason, self._next_req_time())
+
+
+def _missing_parts(request: RequestUpdateModel) -> Verdict | None:
+    """Return the refusal of an update that lacks a part or whose figures are no numbers."""
+    if request.upload_compress_type == CompressType.NO_COMPRESS:
+        weights = [(item.weight_fullname, item.data) for item in request.feature_map or ()]
+        absent = request.feature_map is None
+    else:
+        weights = [(item.weight_fullname, item.compress_data) for item in request.compress_feature_map or ()]
+        absent = request.compress_feature_map is None
+    complete = (
+        request.fl_id is not None
+        and request.timestamp is not None
+        and not absent
+        and all(name is not None and values is not None for name, values in weights)
+        and math.isfinite(request.upload_loss)
+        and math.isfinite(request.upload_accuracy)
+        and _sound(request.unsupervised_eval_items)
+    )
+    return None if complete else Verdict(400, admission.MISSING_UPDATE_PARTS)
+
+
+def _sound(evaluation: UnsupervisedEvalItems | None) -> bool:
+    """Tell whether evaluation vectors are absent, or there and finite."""
+    if evaluation is None:
+        return True
+    vectors = [item.eval_data for item in evaluation.eval_items or ()]
+    present = evaluation.eval_items is not None and all(vector is not None for vector in vectors)
+    return present and all(all_finite(vector) for vector in vectors if vector is not None)
+
+
+# ---- the listener's view
+
+
+@dataclass(frozen=True, slots=True)
+class SmallRound:
+    """A round whose bodies are small: they are received into ordinary memory."""
+
+    name: str
+    answer: Callable[[memoryview], Awaitable[Answer | str]]
+    failed: Callable[[], Answer]
+    most: int
+    metrics: ServerMetrics
+    clock: Callable[[], float]
+
+    def limit(self) -> int:
+        return self.most
+
+    def sink(self, length: int) -> Sink:
+        return Memory(memoryview(bytearray(length)))
+
+    def discard(self, sink: Sink) -> None:
+        """Leave the memory to the garbage collector."""
+
+    async def handle(self, sink: Sink) -> Response:
+        return await _timed(self, self.answer(sink.buffer[: sink.length]))
+
+
+@dataclass(frozen=True, slots=True)
+class UploadRound:
+    """updateModel: bodies are received into the slots of the ledger."""
+
+    name: str
+    api: ClientApi
+    failed: Callable[[], Answer]
+    metrics: ServerMetrics
+    clock: Callable[[], float]
+
+    def limit(self) -> int:
+        return self.api.intake.ledger.slot_size
+
+    def sink(self, length: int) -> Slot | defer.Deferred[Slot]:
+        return self.api.intake.receive() or defer.Deferred.fromCoroutine(self.api.intake.wait_for_room())
+
+    def discard(self, sink: Slot) -> None:
+        self.api.intake.release(sink)
+
+    async def handle(self, sink: Slot) -> Response:
+        return await _timed(self, self.api.update_model(sink))
+
+
+async def _timed(round_: SmallRound | UploadRound, answering: Awaitable[Answer | str]) -> Response:
+    """Await an answer, count it, and make even a bug a table that a device can read."""
+    start = round_.clock()
+    try:
+        answer = await answering
+    except Exception:
+        ClientApi.log.failure("{round} failed", round=round_.name)
+        answer = round_.failed()
+    if isinstance(answer, str):
+        round_.metrics.request(round_.name, UNAVAILABLE, round_.clock() - start)
+        return Response((answer.encode(),), 200, _TEXT)
+    round_.metrics.request(round_.name, OUTCOMES[answer.code], round_.clock() - start)
+    return answer.response
+
+
+def device_routes(api: ClientApi, prefix: str, metrics: ServerMetrics, clock: Callable[[], float]) -> dict[bytes, Route]:
+    """Return path -> route; a prefix is put before the round's name as it is, without a slash between them."""
+    start_failed = lambda: api.answers.start_refused(500, INNER_ERROR, 0)  # noqa: E731
+    rounds: list[Route] = [
+        SmallRound("startFLJob", api.start_fl_job, start_failed, START_LIMIT, metrics, clock),
+        UploadRound("updateModel", api, lambda: api.answers.update(500, INNER_ERROR, 0), metrics, clock),
+        SmallRound(
+            "getModel", api.get_model, lambda: api.answers.model_refused(500, INNER_ERROR), GET_LIMIT, metrics, clock
+        ),
+    ]
+    return {((prefix or "/") + round_.name).encode(): round_ for round_ in rounds}
+
+
+class DevicePages:
+    """What answers a request that reaches no round."""
+
+    log = Logger()
+
+    def empty_body(self) -> Response:
+        return _failure_page(500, "Get post message failed")
+
+    def not_found(self) -> Response:
+        page = b"<html><head><title>404 Not Found</title></head><body><h1>Not Found</h1></body></html>\n"
+        return Response((page,), 404, b"text/html")
+
+    def error(self, error: BaseException) -> Response:
+        if isinstance(error, FedcoreError):
+            return _failure_page(error.http_status, str(error))
+        self.log.failure("a device request failed", Failure(error))
+        return _failure_page(500, INNER_ERROR)
+
+
+def _failure_page(status: int, text: str) -> Response:
+    body = json.dumps({"code": "1", "error_message": text}, separators=(",", ":"))
+    return Response((body.encode(),), status, b"application/json", b"Client" if status == 500 else b"")

@@ -1,0 +1,208 @@
+"""One server, assembled: which part is given which."""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from twisted.application.service import IService
+from twisted.internet import defer
+from twisted.logger import Logger
+
+from fedcore.config import Address, Settings, hyper_parameters
+from fedcore.core.iteration import Policy
+from fedcore.core.quorum import update_threshold
+from fedcore.errors import ConfigError
+from fedcore.ledger.ledger import Ledger
+from fedcore.models import checkpoints
+from fedcore.models.formats import ModelFile, read_model
+from fedcore.models.history import ModelHistory
+from fedcore.net.device_http import DeviceSite, Limits
+from fedcore.observe.metrics import ServerMetrics
+from fedcore.services.callbacks import Callback
+from fedcore.services.client_api import ClientApi, DevicePages, device_routes, update_limit
+from fedcore.services.heartbeat import Heartbeat
+from fedcore.services.iteration_driver import IterationDriver, Job
+from fedcore.services.update_intake import UpdateIntake
+from fedcore.store.redis import Redis
+from fedcore.wire.arrays import Layout
+from fedcore.wire.image import ImageTemplate
+
+DRAIN_TIMEOUT_S = 10.0  # longest wait for requests in flight at a clean stop
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """What a server's command line decides.
+
+    Attributes:
+        checkpoint_dir: where models are kept.
+        model: file of the initial weights, or None.
+        tcp_ip: address for other nodes, "" for the one that reaches Redis.
+        tcp_port: port for other nodes.
+    """
+
+    checkpoint_dir: Path
+    model: Path | None
+    tcp_ip: str
+    tcp_port: int
+
+
+class Server:
+    """The parts of one server.
+
+    Attributes:
+        site: the devices' listener.
+        services: to be started in this order.
+    """
+
+    log = Logger()
+
+    def __init__(
+        self,
+        settings: Settings,
+        options: ServerOptions,
+        redis: Redis,
+        metrics: ServerMetrics,
+        callback: Callback,
+        reactor: Any,
+    ) -> None:
+        """Build a server; nothing is started.
+
+        Raises:
+            ConfigError: there is no model to serve.
+        """
+        self._callback = callback
+        self._reactor = reactor
+        self._redis = redis
+        newest, model = _find_model(settings.fl_name, options)
+        layout = Layout.of(model.weights, model.not_aggregated)
+        template = ImageTemplate(layout)
+        history = ModelHistory(newest, template.image(model.weights))
+        ledger = Ledger(layout, update_limit(layout), settings.fedcore.ledger.memory_budget)
+        device = settings.fedcore.device
+        self._intake = UpdateIntake(ledger, layout.total_floats, device.hold_time, reactor)
+        address = Address(options.tcp_ip or _address_towards(settings), options.tcp_port)
+        node_id = f"{address}::{_stamp()}::{random.SystemRandom().randint(10000, 99999)}"
+        job = Job(
+            settings.fl_name,
+            _policy(settings),
+            settings.round.global_iteration_time_window,
+            options.checkpoint_dir,
+            node_id,
+            lambda: "i_" + _stamp(),
+            hyper_parameters(settings),
+        )
+        self.driver = IterationDriver(
+            job, redis, self._intake, history, template, metrics, reactor, datetime.now
+        )
+        self.driver.on_iteration_end.append(callback.on_iteration_end)
+        self._api = ClientApi(
+            settings, layout, self.driver, self._intake, metrics, reactor, _now_ms, random.random
+        )
+        heartbeat = Heartbeat(lambda: self.driver.cluster, "server", node_id, str(address), reactor)
+        self.site = DeviceSite(
+            device_routes(self._api, settings.client.http_url_prefix, metrics, reactor.seconds),
+            DevicePages(),
+            Limits(device.header_timeout, device.body_timeout, device.min_body_rate, device.idle_timeout),
+            device.max_connections,
+            reactor,
+        )
+        metrics.connections.set_function(lambda: len(self.site.connections))
+        metrics.redis_up.set_function(lambda: redis.available)
+        self.services: list[IService] = [redis, self._intake, self.driver, heartbeat]
+        self.log.info(
+            "serving {name}: {weights} weights, {floats} values, model of iteration {newest}",
+            name=settings.fl_name,
+            weights=len(layout),
+            floats=layout.total_floats,
+            newest=newest,
+        )
+
+    def checks(self) -> dict[str, Callable[[], str | None]]:
+        """Return what must hold for the server to be ready."""
+        return {
+            "redis": lambda: None if self._redis.available else "no connection to Redis",
+            "job": lambda: None if self.driver.cluster is not None else "not joined to the job yet",
+            "stopping": lambda: "the server is stopping" if self._api.stopping else None,
+        }
+
+    def started(self) -> None:
+        """Tell the callback that the server listens."""
+        self._callback.after_started()
+
+    async def drain(self) -> None:
+        """Stop taking requests and let those in flight finish."""
+        self._callback.before_stopped()
+        self._api.stopping = True
+        self.site.stop()
+        limit = self._reactor.seconds() + DRAIN_TIMEOUT_S
+        while self.site.connections and self._reactor.seconds() < limit:
+            pause: defer.Deferred[None] = defer.Deferred()
+            self._reactor.callLater(_POLL_S, pause.callback, None)
+            await pause
+
+
+def _find_model(fl_name: str, options: ServerOptions) -> tuple[int, ModelFile]:
+    """Return the newest checkpoint and its iteration, or the initial model as that of iteration 0.
+
+    A MindSpore checkpoint does not say which weights are aggregated; the initial model does, if there is one.
+    """
+    checkpoint = checkpoints.load_newest(options.checkpoint_dir, fl_name)
+    initial = None if options.model is None else read_model(options.model)
+    if checkpoint is not None:
+        model = checkpoint.model
+        if checkpoint.path.suffix == ".ckpt" and initial is not None:
+            model = replace(model, not_aggregated=initial.not_aggregated & model.weights.keys())
+        return checkpoint.iteration, model
+    if initial is None:
+        raise ConfigError(
+            f"there is no model to serve: no checkpoint of {fl_name} in {options.checkpoint_dir}",
+            hint="give the initial weights with --model FILE",
+        )
+    return 0, initial
+
+
+def _policy(settings: Settings) -> Policy:
+    windows = settings.round
+    return Policy(
+        start_threshold=windows.start_fl_job_threshold,
+        update_threshold=update_threshold(windows.start_fl_job_threshold, windows.update_model_ratio),
+        start_window=windows.start_fl_job_time_window / 1000,
+        update_window=windows.update_model_time_window / 1000,
+        global_window=windows.global_iteration_time_window / 1000,
+        last_iteration=settings.fl_iteration_num,
+    )
+
+
+def _address_towards(settings: Settings) -> str:
+    """Return this host's address on the way to Redis: all nodes of a job share a subnet with it."""
+    redis = settings.distributed_cache.address
+    if not isinstance(redis, Address):
+        return "127.0.0.1"
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(redis.host, redis.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)  # a datagram socket sends nothing here
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ConfigError(
+            f"cannot find this host's address on the way to Redis at {redis}: {error}", hint="give --tcp-server-ip"
+        ) from error
+
+
+def _stamp() -> str:
+    """Return the local time as the protocol's names carry it: to the microsecond, in groups of three digits."""
+    now = datetime.now()
+    return f"{now:%Y-%m-%d-%H:%M:%S}.{now.microsecond // 1000:03d}.{now.microsecond % 1000:03d}"
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
