@@ -520,7 +520,10 @@ def test_broken_yaml(text: str | bytes, place: str, file: Path) -> None:
         "[" * 100000,
         "{a: " * 100000,
         "- " * 100000,
-        "a: &x {<<: *x}",
+        "round: &x {<<: *x}",
+        "x0: &x0 {}\n"
+        + "".join(f"x{n + 1}: &x{n + 1} {{<<: *x{n}}}\n" for n in range(3000))
+        + "round: *x3000\n",
         "round: &x {round: *x, start_fl_job_threshold: *x}",
         "&x a: *x",
         "fl_iteration_num: 0x" + "f" * 5000,

@@ -89,7 +89,7 @@ def read_document(path: Path, keys: Collection[str], sections: Collection[str]) 
     except yaml.YAMLError as error:
         raise ConfigError(_syntax_fault(path, error)) from error
     except RecursionError:
-        raise ConfigError(f"yaml config file {path} merges a mapping into itself") from None
+        raise ConfigError(f"yaml config file {path} merges too many mappings into each other") from None
     return Document(reader.given, reader.remarks)
 
 

@@ -59,7 +59,7 @@ def load_settings(path: Path, role: Role) -> LoadedSettings:
     faults, warnings = check.faults, check.warnings
     for remark in document.remarks:
         own = remark.path.partition(".")[0] == _OWN
-        warnings.append(remark.text)
+        (faults if own and remark.useless else warnings).append(remark.text)
     if faults:
         raise ConfigError(
             "\n".join(_one_line(line) for line in [*faults, *(f"warning: {w}" for w in warnings)])
