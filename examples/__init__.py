@@ -1,0 +1,1 @@
+"""Example trainers and data sets, readable first; `fl demo` runs them."""
