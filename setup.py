@@ -17,7 +17,10 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages("lib"), "fldaemons", "fedexamples"],
     package_dir={"": "lib", "fldaemons": "daemons", "fedexamples": "examples"},
-    package_data={"fedcore": ["py.typed", "wire/schema/*.fbs", "store/scripts/*.lua"], "fedclient": ["py.typed"]},
+    package_data={
+        "fedcore": ["py.typed", "wire/schema/*.fbs", "store/scripts/*.lua"],
+        "fedclient": ["py.typed"],
+    },
     install_requires=[
         "Twisted>=24.7",
         "pyOpenSSL>=24",

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from twisted.application.service import IService
 from twisted.internet import defer, endpoints, error
 from twisted.internet.interfaces import IListeningPort, IStreamClientEndpoint
 from twisted.logger import Logger
@@ -64,7 +63,7 @@ class Daemon:
     """
 
     listeners: list[Listener]
-    services: list[IService]
+    services: list[Any]
     started: Callable[[], None] = lambda: None
     drain: Callable[[], Awaitable[None]] | None = None
     _ports: list[IListeningPort] = field(default_factory=list)
@@ -72,7 +71,9 @@ class Daemon:
 
 def both_spellings(*names: str, **kwargs: Any) -> Callable[[Any], Any]:
     """Declare an option in both spellings: --yaml-config and --yaml_config."""
-    spellings = [spelling for name in names for spelling in dict.fromkeys((name, "--" + name[2:].replace("-", "_")))]
+    spellings = [
+        spelling for name in names for spelling in dict.fromkeys((name, "--" + name[2:].replace("-", "_")))
+    ]
     return click.option(*spellings, **kwargs)
 
 
@@ -202,9 +203,7 @@ def _start(daemon: Daemon, reactor: Any) -> None:
 
             factory = TLSMemoryBIOFactory(listener.context, False, factory)
         host = listener.address.host
-        daemon._ports.append(
-            reactor.listenTCP(listener.address.port, factory, interface=host, backlog=1024)
-        )
+        daemon._ports.append(reactor.listenTCP(listener.address.port, factory, interface=host, backlog=1024))
         log.info("{purpose} at {address}", purpose=listener.purpose, address=str(listener.address))
     for service in daemon.services:
         service.startService()

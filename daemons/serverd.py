@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from fedcore.config import HTTP_ADDRESS_FAULT, Role, address_of_instance, parse_address, parse_host, port_of_instance
+from fedcore.config import (
+    HTTP_ADDRESS_FAULT,
+    Role,
+    address_of_instance,
+    parse_address,
+    parse_host,
+    port_of_instance,
+)
 from fedcore.net import reactor as monotonic_reactor
 
 monotonic_reactor.install()
@@ -32,10 +39,16 @@ Examples:
 @click.command(epilog=EXAMPLES)
 @launch.common_options
 @launch.both_spellings("--http-server-address", help="host:port for devices, taken as it is.")
-@launch.both_spellings("--tcp-server-ip", help="Address for other nodes; default: the one that reaches Redis.")
-@launch.both_spellings("--checkpoint-dir", type=click.Path(path_type=Path), help="Folder of published models.")
 @launch.both_spellings(
-    "--model", type=click.Path(path_type=Path), help="Initial weights: .safetensors, .ckpt, .npz, .pt or .pth."
+    "--tcp-server-ip", help="Address for other nodes; default: the one that reaches Redis."
+)
+@launch.both_spellings(
+    "--checkpoint-dir", type=click.Path(path_type=Path), help="Folder of published models."
+)
+@launch.both_spellings(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Initial weights: .safetensors, .ckpt, .npz, .pt or .pth.",
 )
 @launch.both_spellings(
     "--instance", type=click.IntRange(0, 99), default=0, help="Number N of this server: configured ports + N."

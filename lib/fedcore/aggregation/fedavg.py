@@ -15,7 +15,9 @@ import numpy.typing as npt
 
 from fedcore.wire.arrays import Floats, Layout
 
-BLOCK = 65_536  # elements; a block of float64 sums (512 KiB) stays in the cache while several updates are added
+BLOCK = (
+    65_536  # elements; a block of float64 sums (512 KiB) stays in the cache while several updates are added
+)
 
 Doubles = npt.NDArray[np.float64]
 

@@ -107,7 +107,12 @@ def judge_start(selection: Selection, fl_id: str, fault: str | None) -> Verdict:
 
 
 def judge_update(
-    acceptance: Acceptance, fl_id: str, requested: int, current: int, next_req_time: int, fault: Verdict | None
+    acceptance: Acceptance,
+    fl_id: str,
+    requested: int,
+    current: int,
+    next_req_time: int,
+    fault: Verdict | None,
 ) -> Verdict:
     """Answer an updateModel from the store's word.
 

@@ -18,9 +18,7 @@ def next_request_time(now_ms: int, opens_ms: int, margin_ms: int, jitter: float)
     return max(now_ms, opens_ms) + margin_ms + int(jitter * margin_ms)
 
 
-def expected_opening(
-    now_ms: int, started_ms: int | None, window_ms: int, typical_ms: int | None
-) -> int:
+def expected_opening(now_ms: int, started_ms: int | None, window_ms: int, typical_ms: int | None) -> int:
     """Estimate when the next iteration opens.
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import Any, TextIO
 
 from twisted.logger import (
     FilteringLogObserver,
@@ -32,9 +32,10 @@ def start_logging(stream: TextIO, level: str) -> None:
         stream: usually standard error.
         level: debug, info, warn or error; lower records are dropped.
     """
-    observer = ConsoleObserver(stream) if stream.isatty() else JsonObserver(stream)
-    lowest = LogLevelFilterPredicate(defaultLogLevel=LogLevel.levelWithName(level))
-    globalLogBeginner.beginLoggingTo([FilteringLogObserver(observer, [lowest])], redirectStandardIO=False)
+    observer: Any = ConsoleObserver(stream) if stream.isatty() else JsonObserver(stream)
+    lowest: Any = LogLevelFilterPredicate(defaultLogLevel=LogLevel.levelWithName(level))
+    filtered: Any = FilteringLogObserver(observer, [lowest])
+    globalLogBeginner.beginLoggingTo([filtered], redirectStandardIO=False)
 
 
 def _fields(event: LogEvent) -> dict[str, object]:

@@ -24,9 +24,16 @@ class CommonMetrics:
 
     def __init__(self, role: str) -> None:
         self.registry = CollectorRegistry()
-        build = Gauge("fl_build_info", "Version of this daemon; always 1", ["version", "python", "role"], registry=self.registry)
+        build = Gauge(
+            "fl_build_info",
+            "Version of this daemon; always 1",
+            ["version", "python", "role"],
+            registry=self.registry,
+        )
         build.labels(__version__, platform.python_version(), role).set(1)
-        self.redis_errors = Counter("fl_redis_errors_total", "Redis commands that failed", registry=self.registry)
+        self.redis_errors = Counter(
+            "fl_redis_errors_total", "Redis commands that failed", registry=self.registry
+        )
         self.redis_up = Gauge("fl_redis_up", "1 while the connection to Redis stands", registry=self.registry)
 
     def render(self) -> bytes:
@@ -58,7 +65,9 @@ class ServerMetrics(CommonMetrics):
         self.connections = Gauge("fl_device_connections", "Open device connections", registry=registry)
         self.iteration = Gauge("fl_iteration", "Number of the current iteration", registry=registry)
         self._phase = Gauge("fl_iteration_phase", "1 for the current phase", ["phase"], registry=registry)
-        self.counts = Gauge("fl_iteration_clients", "Clients counted in this iteration", ["round"], registry=registry)
+        self.counts = Gauge(
+            "fl_iteration_clients", "Clients counted in this iteration", ["round"], registry=registry
+        )
         self.quorums = Gauge("fl_iteration_quorum_clients", "Clients needed", ["round"], registry=registry)
         self.iterations = Counter(
             "fl_iterations_total", "Ended iterations by outcome", ["outcome"], registry=registry

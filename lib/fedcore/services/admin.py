@@ -6,21 +6,14 @@ import json
 
 from twisted.web import resource, server
 
+from fedcore.net.web import QuietSite, site_of
 from fedcore.observe.health import Readiness
 from fedcore.observe.metrics import CONTENT_TYPE, CommonMetrics
 
 
-def admin_site(readiness: Readiness, metrics: CommonMetrics) -> server.Site:
+def admin_site(readiness: Readiness, metrics: CommonMetrics) -> QuietSite:
     """Build the admin listener."""
-    root = resource.Resource()
-    root.putChild(b"livez", _Livez())
-    root.putChild(b"readyz", _Readyz(readiness))
-    root.putChild(b"metrics", _Metrics(metrics))
-    site = server.Site(root)
-    site.noisy = False
-    site.displayTracebacks = False
-    site.log = lambda request: None
-    return site
+    return site_of({b"livez": _Livez(), b"readyz": _Readyz(readiness), b"metrics": _Metrics(metrics)})
 
 
 class _Livez(resource.Resource):

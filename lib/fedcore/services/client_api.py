@@ -33,7 +33,9 @@ from fedcore.store.cluster_state import ClientMeta, IterationMoved
 from fedcore.wire import codec
 from fedcore.wire.arrays import Layout, all_finite, check_update
 from fedcore.wire.messages import (
+    CompressFeatureMap,
     CompressType,
+    FeatureMap,
     RequestFLJob,
     RequestGetModel,
     RequestUpdateModel,
@@ -49,7 +51,9 @@ _TEXT = b"text/html; charset=ISO-8859-1"  # what the original sends with everyth
 
 def update_limit(layout: Layout) -> int:
     """Return the longest body of an updateModel: all weights, their names, and room for everything else."""
-    return 4 * layout.total_floats + sum(2 * len(weight.name.encode()) + 128 for weight in layout) + 256 * 1024
+    return (
+        4 * layout.total_floats + sum(2 * len(weight.name.encode()) + 128 for weight in layout) + 256 * 1024
+    )
 
 
 @dataclass(slots=True)
@@ -124,7 +128,11 @@ class ClientApi:
             if selection is Selection.FULL and self._complete and await self._moved_on(number, until):
                 continue
             verdict = admission.judge_start(selection, request.fl_id, fault)
-            return self._current.selected(self._opening()) if verdict.code == 200 else self._refuse_start(verdict)
+            return (
+                self._current.selected(self._opening())
+                if verdict.code == 200
+                else self._refuse_start(verdict)
+            )
 
     async def update_model(self, slot: Slot) -> Answer | str:
         """Count a device's update; the slot is ours to keep or release."""
@@ -274,7 +282,9 @@ class ClientApi:
 
     def _opening(self) -> int:
         """Return when the next iteration opens at the latest, milliseconds since the epoch."""
-        return backoff.next_request_time(self._now_ms(), self._now_ms() + self._window_ms, self._margin_ms, 0.0)
+        return backoff.next_request_time(
+            self._now_ms(), self._now_ms() + self._window_ms, self._margin_ms, 0.0
+        )
 
     def _next_req_time(self) -> int:
         """Return when a refused device shall come back."""
@@ -294,22 +304,24 @@ class ClientApi:
 
 def _missing_parts(request: RequestUpdateModel) -> Verdict | None:
     """Return the refusal of an update that lacks a part or whose figures are no numbers."""
-    if request.upload_compress_type == CompressType.NO_COMPRESS:
-        weights = [(item.weight_fullname, item.data) for item in request.feature_map or ()]
-        absent = request.feature_map is None
-    else:
-        weights = [(item.weight_fullname, item.compress_data) for item in request.compress_feature_map or ()]
-        absent = request.compress_feature_map is None
+    plain = request.upload_compress_type == CompressType.NO_COMPRESS
+    items = request.feature_map if plain else request.compress_feature_map
     complete = (
         request.fl_id is not None
         and request.timestamp is not None
-        and not absent
-        and all(name is not None and values is not None for name, values in weights)
+        and items is not None
+        and all(_whole(item) for item in items)
         and math.isfinite(request.upload_loss)
         and math.isfinite(request.upload_accuracy)
         and _sound(request.unsupervised_eval_items)
     )
     return None if complete else Verdict(400, admission.MISSING_UPDATE_PARTS)
+
+
+def _whole(item: FeatureMap | CompressFeatureMap) -> bool:
+    """Tell whether a weight has both its name and its values."""
+    values = item.data if isinstance(item, FeatureMap) else item.compress_data
+    return item.weight_fullname is not None and values is not None
 
 
 def _sound(evaluation: UnsupervisedEvalItems | None) -> bool:
@@ -324,7 +336,7 @@ def _sound(evaluation: UnsupervisedEvalItems | None) -> bool:
 # ---- the listener's view
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SmallRound:
     """A round whose bodies are small: they are received into ordinary memory."""
 
@@ -348,7 +360,7 @@ class SmallRound:
         return await _timed(self, self.answer(sink.buffer[: sink.length]))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class UploadRound:
     """updateModel: bodies are received into the slots of the ledger."""
 
@@ -386,15 +398,20 @@ async def _timed(round_: SmallRound | UploadRound, answering: Awaitable[Answer |
     return answer.response
 
 
-def device_routes(api: ClientApi, prefix: str, metrics: ServerMetrics, clock: Callable[[], float]) -> dict[bytes, Route]:
+def device_routes(
+    api: ClientApi, prefix: str, metrics: ServerMetrics, clock: Callable[[], float]
+) -> dict[bytes, Route]:
     """Return path -> route; a prefix is put before the round's name as it is, without a slash between them."""
-    start_failed = lambda: api.answers.start_refused(500, INNER_ERROR, 0)  # noqa: E731
+    answers = api.answers
+    failures: dict[str, Callable[[], Answer]] = {
+        "startFLJob": lambda: answers.start_refused(500, INNER_ERROR, 0),
+        "updateModel": lambda: answers.update(500, INNER_ERROR, 0),
+        "getModel": lambda: answers.model_refused(500, INNER_ERROR),
+    }
     rounds: list[Route] = [
-        SmallRound("startFLJob", api.start_fl_job, start_failed, START_LIMIT, metrics, clock),
-        UploadRound("updateModel", api, lambda: api.answers.update(500, INNER_ERROR, 0), metrics, clock),
-        SmallRound(
-            "getModel", api.get_model, lambda: api.answers.model_refused(500, INNER_ERROR), GET_LIMIT, metrics, clock
-        ),
+        SmallRound("startFLJob", api.start_fl_job, failures["startFLJob"], START_LIMIT, metrics, clock),
+        UploadRound("updateModel", api, failures["updateModel"], metrics, clock),
+        SmallRound("getModel", api.get_model, failures["getModel"], GET_LIMIT, metrics, clock),
     ]
     return {((prefix or "/") + round_.name).encode(): round_ for round_ in rounds}
 

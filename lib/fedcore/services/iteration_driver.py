@@ -267,7 +267,9 @@ class IterationDriver(Service):
                 await self._save(number)
                 return core.CandidateDurable()
             case core.Advance(number, attempt, success, result, finishes):
-                done = await cluster.advance(number, attempt, success=success, result=result, finishes=finishes)
+                done = await cluster.advance(
+                    number, attempt, success=success, result=result, finishes=finishes
+                )
                 return core.Advanced(success, result) if done else await self._observed()
             case core.Open():
                 self._open(effect)
@@ -278,7 +280,9 @@ class IterationDriver(Service):
         try:
             partial = await self._intake.seal()
         except FedcoreError as error:
-            self.log.error("the sum of iteration {iteration} is unusable: {error}", iteration=number, error=error)
+            self.log.error(
+                "the sum of iteration {iteration} is unusable: {error}", iteration=number, error=error
+            )
             return core.ReductionFailed(core.aggregation_failed(number))
         counted = await cluster.uploads_by_ledger(number)
         if counted != {partial.ledger_id: partial.totals.count}:
@@ -367,7 +371,9 @@ class IterationDriver(Service):
             try:
                 callback(ended)
             except Exception:
-                self.log.failure("a callback failed at the end of iteration {iteration}", iteration=ended.number)
+                self.log.failure(
+                    "a callback failed at the end of iteration {iteration}", iteration=ended.number
+                )
 
     # ---- the shared state
 
@@ -411,7 +417,9 @@ class IterationDriver(Service):
         restored = number if finished else number + 1
         await cluster.create(restored, success=False, result=core.status_lost(number), running=running)
         await cluster.offer_hyper_parameters(self.job.hyper_parameters)
-        self.log.error("Redis lost its data; the status was restored at iteration {iteration}", iteration=restored)
+        self.log.error(
+            "Redis lost its data; the status was restored at iteration {iteration}", iteration=restored
+        )
 
     def _look_again(self) -> None:
         """Repair: join, compare with the shared state, look at the clock. Once a second."""
@@ -450,7 +458,9 @@ class IterationDriver(Service):
         self.cluster = cluster
         self._show(before)
         self.log.info(
-            "joined instance {instance} at iteration {iteration}", instance=instance, iteration=self.iteration.number
+            "joined instance {instance} at iteration {iteration}",
+            instance=instance,
+            iteration=self.iteration.number,
         )
         await self._recover(cluster)
         self._wake()
@@ -502,7 +512,10 @@ class IterationDriver(Service):
         self._deadline = None
         if at is not None and self.running:
             delay = max(0.0, at - self._reactor.seconds())
-            self._deadline, self._deadline_at = self._reactor.callLater(delay, self.note, core.TimePassed()), at
+            self._deadline, self._deadline_at = (
+                self._reactor.callLater(delay, self.note, core.TimePassed()),
+                at,
+            )
 
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -516,9 +529,13 @@ class IterationDriver(Service):
         if failure.check(StoreError):
             self.log.warn("the shared state is out of reach: {error}", error=failure.value)
         elif failure.check(FedcoreError, OSError):
-            self.log.error("iteration {iteration}: {error}", iteration=self.iteration.number, error=failure.value)
+            self.log.error(
+                "iteration {iteration}: {error}", iteration=self.iteration.number, error=failure.value
+            )
         else:
-            self.log.failure("an effect of iteration {iteration} failed", failure, iteration=self.iteration.number)
+            self.log.failure(
+                "an effect of iteration {iteration} failed", failure, iteration=self.iteration.number
+            )
 
 
 def _differ(seen: Iteration, known: Iteration) -> bool:

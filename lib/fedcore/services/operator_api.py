@@ -7,7 +7,8 @@ Answers are compact JSON with keys in bytewise order, ``code`` is the string "0"
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from twisted.internet import defer
 from twisted.logger import Logger
@@ -15,6 +16,7 @@ from twisted.web import resource, server
 
 from fedcore.core.job import RunningState
 from fedcore.errors import StoreError, StoreUnavailable
+from fedcore.net.web import QuietSite, site_of
 from fedcore.store.cluster_state import ClusterState, Node, current_instance
 from fedcore.store.redis import Redis
 
@@ -91,15 +93,9 @@ def _describe(node: Node) -> dict[str, str]:
     return {"node_id": node.node_id, "role": node.role.upper(), "tcp_address": address}
 
 
-def operator_site(api: OperatorApi) -> server.Site:
+def operator_site(api: OperatorApi) -> QuietSite:
     """Build the listener of the scheduler."""
-    root = resource.Resource()
-    root.putChild(b"state", _Operation(api.state))
-    site = server.Site(root)
-    site.noisy = False
-    site.displayTracebacks = False
-    site.log = lambda request: None
-    return site
+    return site_of({b"state": _Operation(api.state)})
 
 
 class _Operation(resource.Resource):
@@ -108,7 +104,7 @@ class _Operation(resource.Resource):
     isLeaf = True
     log = Logger()
 
-    def __init__(self, operation: Callable[[], Awaitable[dict[str, object]]]) -> None:
+    def __init__(self, operation: Callable[[], Coroutine[Any, Any, dict[str, object]]]) -> None:
         super().__init__()
         self._operation = operation
 

@@ -11,7 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from twisted.application.service import IService
 from twisted.internet import defer
 from twisted.logger import Logger
 
@@ -117,7 +116,7 @@ class Server:
         )
         metrics.connections.set_function(lambda: len(self.site.connections))
         metrics.redis_up.set_function(lambda: redis.available)
-        self.services: list[IService] = [redis, self._intake, self.driver, heartbeat]
+        self.services: list[Any] = [redis, self._intake, self.driver, heartbeat]
         self.log.info(
             "serving {name}: {weights} weights, {floats} values, model of iteration {newest}",
             name=settings.fl_name,
@@ -188,13 +187,16 @@ def _address_towards(settings: Settings) -> str:
     if not isinstance(redis, Address):
         return "127.0.0.1"
     try:
-        family, kind, protocol, _, target = socket.getaddrinfo(redis.host, redis.port, type=socket.SOCK_DGRAM)[0]
+        family, kind, protocol, _, target = socket.getaddrinfo(
+            redis.host, redis.port, type=socket.SOCK_DGRAM
+        )[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(target)  # a datagram socket sends nothing here
             return str(probe.getsockname()[0])
     except OSError as error:
         raise ConfigError(
-            f"cannot find this host's address on the way to Redis at {redis}: {error}", hint="give --tcp-server-ip"
+            f"cannot find this host's address on the way to Redis at {redis}: {error}",
+            hint="give --tcp-server-ip",
         ) from error
 
 

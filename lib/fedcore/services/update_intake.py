@@ -120,7 +120,13 @@ class UpdateIntake(Service):
             self._settle()
 
     async def _ask(
-        self, request: RequestUpdateModel, cluster: ClusterState, number: int, attempt: int, quorum: int, fit: bool
+        self,
+        request: RequestUpdateModel,
+        cluster: ClusterState,
+        number: int,
+        attempt: int,
+        quorum: int,
+        fit: bool,
     ) -> tuple[Acceptance, int, ClientMeta | None]:
         while True:
             try:

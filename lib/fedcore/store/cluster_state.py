@@ -15,7 +15,7 @@ from fedcore.core.iteration import Iteration, Phase
 from fedcore.core.job import RunningState
 from fedcore.errors import StoreError
 from fedcore.store import keys
-from fedcore.store.redis import Redis
+from fedcore.store.redis import Argument, Redis
 
 
 class StateMissing(StoreError):
@@ -138,7 +138,7 @@ class ClusterState:
 
     async def create(self, number: int, *, success: bool, result: str, running: RunningState) -> bool:
         """Write the first state; False if there already is one."""
-        arguments = [self._job_ttl, number, int(success), result, int(running)]
+        arguments: list[Argument] = [self._job_ttl, number, int(success), result, int(running)]
         return bool(await self.redis.script("create_status", [self.keys.status], arguments))
 
     async def select_client(
@@ -162,7 +162,15 @@ class ClusterState:
             StateMissing: Redis holds no state.
         """
         names = [self.keys.status, self.keys.clients(number), self.keys.uploads(number), self.keys.waiting]
-        arguments = [number, fl_id, meta.pack(), places, int(fit), self._iteration_ttl, reserve_ms]
+        arguments: list[Argument] = [
+            number,
+            fl_id,
+            meta.pack(),
+            places,
+            int(fit),
+            self._iteration_ttl,
+            reserve_ms,
+        ]
         word, count = await self.redis.script("select_client", names, arguments)
         self._raise_if_elsewhere(word, count)
         return Selection(word.decode()), int(count)
@@ -195,7 +203,16 @@ class ClusterState:
             self.keys.uploads(number),
             self.keys.uploads(requested),
         ]
-        arguments = [number, attempt, requested, fl_id, quorum, ledger_id, int(fit), self._iteration_ttl]
+        arguments: list[Argument] = [
+            number,
+            attempt,
+            requested,
+            fl_id,
+            quorum,
+            ledger_id,
+            int(fit),
+            self._iteration_ttl,
+        ]
         word, count, text = await self.redis.script("accept_upload", names, arguments)
         self._raise_if_elsewhere(word, count)
         acceptance = Acceptance(word.decode())
@@ -212,13 +229,13 @@ class ClusterState:
     ) -> bool:
         """Go from one phase to the next by compare-and-set; False if the state is another one."""
         extra = [part for item in (fields or {}).items() for part in item]
-        arguments = [number, attempt, before.value, after.value, *extra]
+        arguments: list[Argument] = [number, attempt, before.value, after.value, *extra]
         return bool(await self.redis.script("set_phase", [self.keys.status], arguments))
 
     async def advance(self, number: int, attempt: int, *, success: bool, result: str, finishes: bool) -> bool:
         """End iteration ``number`` and open the next by compare-and-set; False if the state is another one."""
         names = [self.keys.status, self.keys.clients(number), self.keys.uploads(number)]
-        arguments = [number, attempt, number + 1, int(success), result, int(finishes)]
+        arguments: list[Argument] = [number, attempt, number + 1, int(success), result, int(finishes)]
         arguments += [self._job_ttl, keys.RELEASE_TTL_S]
         return bool(await self.redis.script("advance", names, arguments))
 

@@ -23,7 +23,7 @@ _SCRIPTS = {
 }
 
 
-class _Factory(txredisapi.RedisFactory):  # type: ignore[misc]
+class _Factory(txredisapi.RedisFactory):
     """txredisapi's factory, quicker to come back, telling when the connection comes and goes."""
 
     initialDelay = 0.1
@@ -54,7 +54,12 @@ class Redis(Service):
     log = Logger()
 
     def __init__(
-        self, endpoint: IStreamClientEndpoint, name: str, *, reply_timeout: float, on_error: Callable[[], None]
+        self,
+        endpoint: IStreamClientEndpoint,
+        name: str,
+        *,
+        reply_timeout: float,
+        on_error: Callable[[], None],
     ) -> None:
         """Keep a connection.
 
