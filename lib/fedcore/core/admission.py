@@ -30,11 +30,10 @@ def bad_schema(table: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Code and reason of a reply; ``come_back`` asks for a next_req_time in the future."""
+    """Code and reason of a reply."""
 
     code: int
     reason: str
-    come_back: bool = True
 
 
 def gate(*, round_name: str, stopping: bool, running: RunningState, store_available: bool) -> str | None:
@@ -107,12 +106,7 @@ def judge_start(selection: Selection, fl_id: str, fault: str | None) -> Verdict:
 
 
 def judge_update(
-    acceptance: Acceptance,
-    fl_id: str,
-    requested: int,
-    current: int,
-    next_req_time: int,
-    fault: Verdict | None,
+    acceptance: Acceptance, fl_id: str, requested: int, current: int, next_req_time: int
 ) -> Verdict:
     """Answer an updateModel from the store's word.
 
@@ -122,11 +116,10 @@ def judge_update(
         requested: iteration named in the request.
         current: the server's iteration.
         next_req_time: milliseconds since the epoch, for the text.
-        fault: the answer to a request whose weights may not count, or None.
     """
     match acceptance:
         case Acceptance.ACCEPTED | Acceptance.REPEATED:
-            return Verdict(200, UPDATE_OK, come_back=False)
+            return Verdict(200, UPDATE_OK)
         case Acceptance.FULL:
             return Verdict(300, UPDATE_FULL)
         case Acceptance.UNKNOWN_CLIENT:
@@ -138,4 +131,4 @@ def judge_update(
                 f"Retry later at time: {next_req_time}, fl id is {fl_id}",
             )
         case Acceptance.UNFIT:
-            return fault or Verdict(300, UPDATE_FULL)
+            return Verdict(400, f"Verify model feature map failed, retry later at time: {next_req_time}")

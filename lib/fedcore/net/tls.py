@@ -71,7 +71,9 @@ def _allowed(cipher_list: str, warn: Callable[[str], None]) -> str:
     try:
         context.set_cipher_list(cipher_list.encode())
     except SSL.Error as error:
-        raise ConfigError("SSL use set cipher list failed!", hint=f"ssl.cipher_list is {cipher_list!r}") from error
+        raise ConfigError(
+            "SSL use set cipher list failed!", hint=f"ssl.cipher_list is {cipher_list!r}"
+        ) from error
     offered = [suite for suite in SSL.Connection(context).get_cipher_list() if not suite.startswith("TLS_")]
     allowed = [suite for suite in offered if suite in SUITES]
     if not allowed:

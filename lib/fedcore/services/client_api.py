@@ -139,16 +139,13 @@ class ClientApi:
         kept = False
         try:
             request = codec.decode(RequestUpdateModel, slot.body)
-            missing = _missing_parts(request)
-            if missing is not None:
-                self._metrics.refuse_update("malformed")
-                return self._answer_update(missing)
+            if not _is_complete(request):
+                return self._malformed_update(admission.MISSING_UPDATE_PARTS)
             acceptance, answer = await self._count(slot, request)
             kept = acceptance is Acceptance.ACCEPTED
             return answer
         except MalformedRequest:
-            self._metrics.refuse_update("malformed")
-            return self._answer_update(Verdict(400, admission.bad_schema("RequestUpdateModel")))
+            return self._malformed_update(admission.bad_schema("RequestUpdateModel"))
         finally:
             if not kept:
                 self.intake.release(slot)
@@ -184,7 +181,7 @@ class ClientApi:
         return selection
 
     async def _count(self, slot: Slot, request: RequestUpdateModel) -> tuple[Acceptance | None, Answer | str]:
-        fault = self._model_fault(request)
+        fits = self._fits_model(request)
         until = self._reactor.seconds() + self._hold
         while True:
             text = await self._pass_gate("updateModel", until)
@@ -200,7 +197,7 @@ class ClientApi:
                     iteration.number,
                     iteration.attempt,
                     quorum=self._quorum,
-                    fit=fault is None,
+                    fit=fits,
                 )
             except StoreError as error:
                 if await self._settled(error, iteration.number, until):
@@ -212,25 +209,21 @@ class ClientApi:
                 self.driver.upload_counted(iteration.number, count)
             elif acceptance is not Acceptance.REPEATED:
                 self._metrics.refuse_update(acceptance.value)
+            next_req_time = self._next_req_time()
+            number = self.driver.iteration.number
             verdict = admission.judge_update(
-                acceptance,
-                request.fl_id or "",
-                request.iteration,
-                self.driver.iteration.number,
-                self._next_req_time(),
-                fault,
+                acceptance, request.fl_id or "", request.iteration, number, next_req_time
             )
-            return acceptance, self._answer_update(verdict)
+            return acceptance, self.answers.update(verdict.code, verdict.reason, next_req_time)
 
-    def _model_fault(self, request: RequestUpdateModel) -> Verdict | None:
+    def _fits_model(self, request: RequestUpdateModel) -> bool:
         named = ((item.weight_fullname, item.data) for item in request.feature_map or ())
         weights = {name: data for name, data in named if name is not None and data is not None}
         try:
             check_update(self.layout, weights)
         except ArrayError:
-            text = f"Verify model feature map failed, retry later at time: {self._next_req_time()}"
-            return Verdict(400, text)
-        return None
+            return False
+        return True
 
     # ---- holding and refusing
 
@@ -298,15 +291,16 @@ class ClientApi:
     def _refuse_start(self, verdict: Verdict) -> Answer:
         return self._current.start_refused(verdict.code, verdict.reason, self._next_req_time())
 
-    def _answer_update(self, verdict: Verdict) -> Answer:
-        return self._current.update(verdict.code, verdict.reason, self._next_req_time())
+    def _malformed_update(self, reason: str) -> Answer:
+        self._metrics.refuse_update("malformed")
+        return self.answers.update(400, reason, self._next_req_time())
 
 
-def _missing_parts(request: RequestUpdateModel) -> Verdict | None:
-    """Return the refusal of an update that lacks a part or whose figures are no numbers."""
+def _is_complete(request: RequestUpdateModel) -> bool:
+    """Tell whether an update has all its parts and its figures are numbers."""
     plain = request.upload_compress_type == CompressType.NO_COMPRESS
     items = request.feature_map if plain else request.compress_feature_map
-    complete = (
+    return (
         request.fl_id is not None
         and request.timestamp is not None
         and items is not None
@@ -315,7 +309,6 @@ def _missing_parts(request: RequestUpdateModel) -> Verdict | None:
         and math.isfinite(request.upload_accuracy)
         and _sound(request.unsupervised_eval_items)
     )
-    return None if complete else Verdict(400, admission.MISSING_UPDATE_PARTS)
 
 
 def _whole(item: FeatureMap | CompressFeatureMap) -> bool:
