@@ -15,12 +15,17 @@ PERIOD_S = 1.0
 
 
 class Heartbeat(Service):
-    """Renews the node's entry every second while it has a cluster, and takes it off the list at the end."""
+    """Renews the node's entry every second while it has a cluster, and takes it off the list at the end.
+
+    Attributes:
+        registered: whether the node is on the list.
+    """
 
     def __init__(
         self, cluster: Callable[[], ClusterState | None], role: str, node_id: str, address: str, reactor: Any
     ) -> None:
         """Speak for ``node_id``; ``cluster`` gives the instance it belongs to, or None before it has joined one."""
+        self.registered = False
         self._cluster = cluster
         self._node = (role, node_id, address)
         self._loop = task.LoopingCall(self.beat)
@@ -50,5 +55,6 @@ class Heartbeat(Service):
         if cluster is not None:
             try:
                 await cluster.heartbeat(*self._node)
+                self.registered = True
             except StoreError:
                 return  # counted by the connection; the next beat is a second away

@@ -128,6 +128,7 @@ class IterationDriver(Service):
         self.cluster: ClusterState | None = None
         self.iteration = Iteration(models.newest + 1)
         self.typical: float | None = None
+        self.on_join: list[Callable[[], object]] = []
         self.on_iteration_end: list[Callable[[IterationEnd], None]] = []
         self._intake = intake
         self._template = template
@@ -462,6 +463,8 @@ class IterationDriver(Service):
             instance=instance,
             iteration=self.iteration.number,
         )
+        for callback in self.on_join:
+            callback()
         await self._recover(cluster)
         self._wake()
 

@@ -106,7 +106,8 @@ class Server:
         self._api = ClientApi(
             settings, layout, self.driver, self._intake, metrics, reactor, _now_ms, random.random
         )
-        heartbeat = Heartbeat(lambda: self.driver.cluster, "server", node_id, str(address), reactor)
+        self._heartbeat = heartbeat = Heartbeat(lambda: self.driver.cluster, "server", node_id, str(address), reactor)
+        self.driver.on_join.append(heartbeat.beat)
         self.site = DeviceSite(
             device_routes(self._api, settings.client.http_url_prefix, metrics, reactor.seconds),
             DevicePages(),
@@ -130,6 +131,7 @@ class Server:
         return {
             "redis": lambda: None if self._redis.available else "no connection to Redis",
             "job": lambda: None if self.driver.cluster is not None else "not joined to the job yet",
+            "membership": lambda: None if self._heartbeat.registered else "not on the list of servers yet",
             "stopping": lambda: "the server is stopping" if self._api.stopping else None,
         }
 

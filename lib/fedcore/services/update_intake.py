@@ -6,7 +6,7 @@ from collections import deque
 from typing import Any
 
 from twisted.application.service import Service
-from twisted.internet import defer, threads
+from twisted.internet import defer, task, threads
 from twisted.logger import Logger
 
 from fedcore.core.admission import Acceptance
@@ -17,6 +17,7 @@ from fedcore.wire.messages import RequestUpdateModel
 
 # A hop to a thread and back costs about as much as adding this many floats; smaller models are merged at once.
 INLINE_FLOATS = 1 << 18
+RETRY_S = 0.1  # pause before a question that Redis could not answer is asked again
 
 
 class NoRoom(FedcoreError):
@@ -140,6 +141,7 @@ class UpdateIntake(Service):
                     fit=fit,
                 )
             except StoreUnavailable:
+                await task.deferLater(self._reactor, RETRY_S)
                 await cluster.redis.connected()
 
     # ---- the sum

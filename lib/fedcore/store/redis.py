@@ -108,14 +108,22 @@ class Redis(Service):
         return await self._run("execute_command", *words)
 
     async def _run(self, method: str, *arguments: Any) -> Any:
-        if not self._factory.pool:
+        if not self.available:
             self._on_error()
             raise StoreUnavailable(f"no connection to Redis at {self._name}")
         try:
             return await getattr(self._factory.pool[0], method)(*arguments)
         except (txredisapi.RedisError, OSError) as error:
             self._on_error()
+            if not isinstance(error, txredisapi.ResponseError):
+                self._give_up_connection()
             raise StoreUnavailable(f"Redis: {error}") from error
+
+    def _give_up_connection(self) -> None:
+        """Send nothing more on a connection that is late or out of step, and make a new one."""
+        self._connection_changed(False)
+        for connection in self._factory.pool:
+            connection.transport.abortConnection()
 
     def _connection_changed(self, available: bool) -> None:
         if available == self.available:

@@ -55,9 +55,13 @@ class Layout:
             raise ShapeMismatch("a model holds two weights of one name")
 
     @classmethod
-    def of(cls, arrays: Mapping[str, npt.NDArray[np.generic]], not_aggregated: Collection[str] = ()) -> Layout:
+    def of(
+        cls, arrays: Mapping[str, npt.NDArray[np.generic]], not_aggregated: Collection[str] = ()
+    ) -> Layout:
         """Describe arrays; weights named in ``not_aggregated`` keep their initial value."""
-        return cls(tuple(Weight(name, tuple(a.shape), name not in not_aggregated) for name, a in arrays.items()))
+        return cls(
+            tuple(Weight(name, tuple(a.shape), name not in not_aggregated) for name, a in arrays.items())
+        )
 
     def __iter__(self) -> Iterator[Weight]:
         return iter(self.weights)

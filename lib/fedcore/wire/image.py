@@ -68,7 +68,9 @@ class ImageTemplate:
         builder = flatbuffers.Builder(size)
         tables: dict[str, int] = {}
         vectors: dict[str, int] = {}
-        for weight in reversed(layout.weights):  # the builder fills from the end, so the first weight comes first
+        for weight in reversed(
+            layout.weights
+        ):  # the builder fills from the end: the first weight comes first
             name = builder.CreateString(weight.name)
             vectors[weight.name] = data = builder.CreateNumpyVector(np.zeros(weight.size, np.float32))
             builder.StartObject(2)
