@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from twisted.internet import defer, endpoints, error
+from twisted.internet import defer, endpoints, error, reactor
 from twisted.internet.interfaces import IListeningPort, IStreamClientEndpoint
 from twisted.logger import Logger
+from twisted.protocols.tls import TLSMemoryBIOFactory
 
 from fedcore import __version__
 from fedcore.config import (
@@ -26,6 +27,7 @@ from fedcore.config import (
 )
 from fedcore.errors import ConfigError
 from fedcore.net import sd_notify, tls
+from fedcore.net.reactor import follow_monotonic_clock
 from fedcore.observe.log import start_logging
 from fedcore.store.redis import Redis
 
@@ -153,6 +155,10 @@ def listening_context(settings: Settings, password_file: Path | None) -> Any:
 def redis_of(settings: Settings, on_error: Callable[[], None], reactor: Any) -> Redis:
     """Build the connection to the job's Redis."""
     address = settings.distributed_cache.address
+    if settings.enable_ssl:
+        log.warn(
+            "enable_ssl does not cover the link to Redis at {address} in this version", address=str(address)
+        )
     timeouts = settings.fedcore.redis
     endpoint: IStreamClientEndpoint
     if isinstance(address, UnixAddress):
@@ -172,8 +178,7 @@ def run(name: str, build: Callable[[Any], Daemon | None]) -> int:
     Returns:
         The exit code: 0 after a clean stop, 78 for a bad configuration, 1 if it could not start.
     """
-    from twisted.internet import reactor
-
+    follow_monotonic_clock(reactor)
     try:
         daemon = build(reactor)
     except ConfigError as problem:
@@ -199,8 +204,6 @@ def _start(daemon: Daemon, reactor: Any) -> None:
     for listener in daemon.listeners:
         factory = listener.factory
         if listener.context is not None:
-            from twisted.protocols.tls import TLSMemoryBIOFactory
-
             factory = TLSMemoryBIOFactory(listener.context, False, factory)
         host = listener.address.host
         daemon._ports.append(reactor.listenTCP(listener.address.port, factory, interface=host, backlog=1024))

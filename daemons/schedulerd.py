@@ -9,15 +9,11 @@ from typing import Any
 import click
 
 from fedcore.config import SCHEDULER_ADDRESS_FAULT, Role, parse_address
-from fedcore.net import reactor as monotonic_reactor
-
-monotonic_reactor.install()
-
-from fedcore.observe.health import Readiness  # noqa: E402
-from fedcore.observe.metrics import CommonMetrics  # noqa: E402
-from fedcore.services.admin import admin_site  # noqa: E402
-from fedcore.services.operator_api import OperatorApi, operator_site  # noqa: E402
-from fldaemons import launch  # noqa: E402
+from fedcore.observe.health import Readiness
+from fedcore.observe.metrics import CommonMetrics
+from fedcore.services.admin import admin_site
+from fedcore.services.operator_api import OperatorApi, operator_site
+from fldaemons import launch
 
 EXAMPLES = """
 \b

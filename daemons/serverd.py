@@ -16,16 +16,12 @@ from fedcore.config import (
     parse_host,
     port_of_instance,
 )
-from fedcore.net import reactor as monotonic_reactor
-
-monotonic_reactor.install()
-
-from fedcore.observe.health import Readiness  # noqa: E402
-from fedcore.observe.metrics import ServerMetrics  # noqa: E402
-from fedcore.services.admin import admin_site  # noqa: E402
-from fedcore.services.callbacks import Callback  # noqa: E402
-from fedcore.services.server import Server, ServerOptions  # noqa: E402
-from fldaemons import launch  # noqa: E402
+from fedcore.observe.health import Readiness
+from fedcore.observe.metrics import ServerMetrics
+from fedcore.services.admin import admin_site
+from fedcore.services.callbacks import Callback
+from fedcore.services.server import Server, ServerOptions
+from fldaemons import launch
 
 EXAMPLES = """
 \b

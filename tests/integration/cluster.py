@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from fedctl.processes import find_redis_server, free_ports
 
 from fedcore.models.formats import write_model
 from fedcore.wire import codec
@@ -30,6 +29,7 @@ from fedcore.wire.messages import (
     ResponseGetModel,
     ResponseUpdateModel,
 )
+from fedctl.processes import find_redis_server, free_ports
 
 DEADLINE_S = 20.0
 WEIGHTS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b.bias": np.float32([0.5, -0.5])}
@@ -49,7 +49,9 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLIN
 class Cluster:
     """One job: its Redis, one server, one scheduler if asked for."""
 
-    def __init__(self, directory: Path, *, fedcore: Mapping[str, Any] | None = None, **overrides: Any) -> None:
+    def __init__(
+        self, directory: Path, *, fedcore: Mapping[str, Any] | None = None, **overrides: Any
+    ) -> None:
         """Prepare a job in ``directory``; ``overrides`` are keys of the YAML's ``round`` section or fl_iteration_num."""
         self.directory = directory
         self.redis_port, self.http, self.admin, self.manage, self.scheduler_admin, self.tcp = free_ports(6)
@@ -101,7 +103,9 @@ class Cluster:
             process.kill()
             process.wait()
 
-    def spawn(self, name: str, *command: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def spawn(
+        self, name: str, *command: str, env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         """Start a process; its output goes to {name}.log."""
         log = (self.directory / f"{name}.log").open("ab")
         self.processes[name] = subprocess.Popen(

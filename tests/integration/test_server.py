@@ -47,7 +47,12 @@ class TestAnIteration:
     def test_publishes_the_weighted_mean(self, cluster: Cluster) -> None:
         first, second = cluster.start("one", 10), cluster.start("two", 30)
         for reply in (first, second):
-            assert (reply.retcode, reply.reason, reply.iteration, reply.is_selected) == (200, "success", 1, True)
+            assert (reply.retcode, reply.reason, reply.iteration, reply.is_selected) == (
+                200,
+                "success",
+                1,
+                True,
+            )
             assert future(reply.next_req_time)
             assert [item.weight_fullname for item in reply.feature_map] == ["a.weight", "b.bias"]
             np.testing.assert_array_equal(reply.feature_map[0].data, WEIGHTS["a.weight"].reshape(-1))
@@ -175,7 +180,10 @@ class TestRefusals:
 
     def test_a_client_that_never_started(self) -> None:
         reply = self.cluster.update("stranger", 1, filled(1.0))
-        assert (reply.retcode, reply.reason) == (300, "devices_meta for stranger is not set. Please retry later.")
+        assert (reply.retcode, reply.reason) == (
+            300,
+            "devices_meta for stranger is not set. Please retry later.",
+        )
         assert future(reply.next_req_time)
 
     def test_another_iteration(self) -> None:
@@ -227,17 +235,27 @@ class TestRefusals:
             "timestamp": "1",
             "feature_map": (FeatureMap("b.bias", np.float32([1, 1])),),
         }
-        reply = self.raw("/updateModel", codec.encode(RequestUpdateModel(**whole | fields)), ResponseUpdateModel)
-        assert (reply.retcode, reply.reason) == (400, "Verify flatbuffers schema failed for RequestUpdateModel.")
+        reply = self.raw(
+            "/updateModel", codec.encode(RequestUpdateModel(**whole | fields)), ResponseUpdateModel
+        )
+        assert (reply.retcode, reply.reason) == (
+            400,
+            "Verify flatbuffers schema failed for RequestUpdateModel.",
+        )
 
     def test_late_uploads(self) -> None:
         self.cluster.start("a"), self.cluster.start("b")
         for fl_id in ("a", "b"):
             self.cluster.update(fl_id, 1, filled(1.0))
         self.cluster.weights(1)
-        assert self.cluster.update("late", 1, filled(9.0)).reason == "devices_meta for late is not set. Please retry later."
+        assert (
+            self.cluster.update("late", 1, filled(9.0)).reason
+            == "devices_meta for late is not set. Please retry later."
+        )
         self.cluster.start("late")
-        assert self.cluster.update("late", 1, filled(9.0)).reason.startswith("UpdateModel iteration number is invalid:1,")
+        assert self.cluster.update("late", 1, filled(9.0)).reason.startswith(
+            "UpdateModel iteration number is invalid:1,"
+        )
         assert self.cluster.update("late", 2, filled(1.0)).retcode == 200
         self.cluster.start("b")
         self.cluster.update("b", 2, filled(1.0))
@@ -263,7 +281,8 @@ class TestRepeats:
         cluster.start("one"), cluster.start("two")
         replies = []
         threads = [
-            threading.Thread(target=lambda: replies.append(cluster.update("one", 1, filled(1.0)))) for _ in range(16)
+            threading.Thread(target=lambda: replies.append(cluster.update("one", 1, filled(1.0))))
+            for _ in range(16)
         ]
         for thread in threads:
             thread.start()
@@ -439,13 +458,18 @@ class TestHttp:
     def test_a_body_beyond_the_limit_is_refused_unread(self, cluster: Cluster) -> None:
         for length in (10**7, 2**32, 2**63 - 1):
             with socket.create_connection(("127.0.0.1", cluster.http), timeout=10) as connection:
-                connection.sendall(b"POST /updateModel HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % length)
+                connection.sendall(
+                    b"POST /updateModel HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % length
+                )
                 answer = connection.makefile("rb").read()
             assert b"413 Content Too Large" in answer
             assert f"a body of {length} bytes is too large for updateModel: the limit is ".encode() in answer
 
     def test_empty_bodies_and_unknown_paths(self, cluster: Cluster) -> None:
-        assert cluster.post("/startFLJob", b"") == (500, b'{"code":"1","error_message":"Get post message failed"}')
+        assert cluster.post("/startFLJob", b"") == (
+            500,
+            b'{"code":"1","error_message":"Get post message failed"}',
+        )
         assert cluster.post("/nothing", b"x")[0] == 404
         assert cluster.get_http(cluster.http, "/startFLJob")[0] == 500
 

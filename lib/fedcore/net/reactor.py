@@ -1,18 +1,14 @@
-"""The reactor of every daemon: epoll, with a clock that nobody can set."""
+"""The reactor's clock: one that nobody can set."""
 
 from __future__ import annotations
 
 import time
-
-from twisted.internet import epollreactor, main
-
-
-class MonotonicReactor(epollreactor.EPollReactor):
-    """Timers follow the monotonic clock: a step of the wall clock neither fires nor stalls them."""
-
-    seconds = staticmethod(time.monotonic)
+from typing import Any
 
 
-def install() -> None:
-    """Make it the process's reactor; to be called before anything imports ``twisted.internet.reactor``."""
-    main.installReactor(MonotonicReactor())
+def follow_monotonic_clock(reactor: Any) -> None:
+    """Make a reactor's timers follow the monotonic clock; to be called before the first timer is set.
+
+    Twisted's own follow the wall clock: a step forward fires them all, a step back stalls them.
+    """
+    reactor.seconds = time.monotonic
