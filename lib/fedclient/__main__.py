@@ -1,0 +1,205 @@
+"""``fl-client``: take part in a federated job from the command line.
+
+Exit codes: 0 the job ended, or a signal stopped the client; 1 it failed; 2 the command line cannot be used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import click
+
+from fedclient.client import Client, IterationReport
+from fedclient.session import Policy
+from fedclient.steps import Outcome
+from fedclient.trainer import Trainer
+from fedcore.errors import ConfigError
+
+EXAMPLES = """
+Examples:
+
+\b
+  fl-client --server http://10.0.0.1:6666 --trainer mytrainer:Digits --fl-name digits
+  fl-client --server https://fl-1:6666 --server https://fl-2:6666 --ca-file ca.pem \\
+            --trainer mytrainer:Digits --set shard=3 --set data=/var/lib/digits --json
+
+A trainer is a class with load(), fit() and evaluate(), see fedclient.Trainer. Its module is looked for in
+the current directory first. A first SIGINT or SIGTERM stops the client as soon as the trainer's code returns,
+a second one at once.
+"""
+
+
+class UsageFault(click.ClickException):
+    """The command line cannot be used; one line, exit code 2."""
+
+    exit_code = 2
+
+
+def make_trainer(path: str, settings: dict[str, Any]) -> Trainer:
+    """Import ``module:Class`` and call it with keyword arguments.
+
+    Raises:
+        UsageFault: there is no such class, or it cannot be imported or made.
+    """
+    module_name, _, class_name = path.partition(":")
+    if not module_name or not class_name:
+        raise UsageFault(f"--trainer {path}: written as module:Class")
+    try:
+        made = getattr(importlib.import_module(module_name), class_name)(**settings)
+    except Exception as error:  # whatever foreign code raises
+        logging.getLogger("fedclient").debug("the trainer cannot be made", exc_info=True)
+        raise UsageFault(f"--trainer {path}: {type(error).__name__}: {error}") from error
+    missing = [name for name in ("load", "fit", "evaluate") if not callable(getattr(made, name, None))]
+    if missing:
+        raise UsageFault(f"--trainer {path}: it has no {'(), '.join(missing)}()")
+    return made  # type: ignore[no-any-return]
+
+
+def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """Read ``key=value`` pairs; a value is JSON if it can be read as such, else text."""
+    settings = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageFault(f"--set {pair}: written as key=value")
+        try:
+            settings[key] = json.loads(text)
+        except ValueError:
+            settings[key] = text
+    return settings
+
+
+def print_json(report: IterationReport) -> None:
+    """Print one line per attempt at an iteration."""
+    line = {
+        "iteration": report.iteration,
+        "outcome": report.outcome.value,
+        "loss": report.loss,
+        "accuracy": report.accuracy,
+        "seconds": round(report.seconds, 3),
+    }
+    print(json.dumps(line), flush=True)
+
+
+@contextlib.contextmanager
+def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call ``stop`` at the first SIGINT or SIGTERM; a second one has its default effect.
+
+    A handler interrupts the main thread anywhere, even while it holds a lock that ``stop`` wants. So it only
+    puts a word into a queue made for that, and a thread of its own makes the call.
+    """
+    signals = (signal.SIGINT, signal.SIGTERM)
+    caught: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def handle(*_: object) -> None:
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+        caught.put(True)
+
+    def wait() -> None:
+        if caught.get():
+            stop()
+
+    before = {number: signal.signal(number, handle) for number in signals}
+    waiter = threading.Thread(target=wait, name="signals", daemon=True)
+    waiter.start()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        caught.put(False)
+        waiter.join()
+
+
+@click.command(
+    epilog=EXAMPLES,
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-"), "max_content_width": 110},
+)
+@click.option(
+    "--server", "servers", multiple=True, required=True, metavar="URL", help="Server; may be repeated."
+)
+@click.option("--trainer", required=True, metavar="MODULE:CLASS", help="What to train.")
+@click.option(
+    "--set", "pairs", multiple=True, metavar="KEY=VALUE", help="Argument of the trainer; may be repeated."
+)
+@click.option("--fl-name", help="Name of the job.  [default: the trainer's class name]")
+@click.option("--client-id", help="Identity of this client, unique in the job.  [default: a random UUID]")
+@click.option("--ca-file", metavar="FILE", help="Authorities that sign the servers' certificates (PEM).")
+@click.option("--rotate", is_flag=True, help="Change the server at every request, not only after errors.")
+@click.option(
+    "--poll-interval",
+    type=float,
+    default=Policy().poll_interval,
+    show_default=True,
+    metavar="SECONDS",
+    help="Pause between two questions for the new model.",
+)
+@click.option(
+    "--timeout",
+    type=float,
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Longest wait for a connection; a reply may take three times as long.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
+    default="info",
+    show_default=True,
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line per iteration; logs go to stderr.")
+def main(
+    servers: tuple[str, ...],
+    trainer: str,
+    pairs: tuple[str, ...],
+    fl_name: str | None,
+    client_id: str | None,
+    ca_file: str | None,
+    rotate: bool,
+    poll_interval: float,
+    timeout: float,
+    log_level: str,
+    as_json: bool,
+) -> NoReturn:
+    """Train a model together with other devices; the data stay here.
+
+    All options are understood with - or _ in their names (--fl-name, --fl_name).
+    """
+    logging.basicConfig(
+        level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    sys.path.insert(0, os.getcwd())
+    made = make_trainer(trainer, parse_settings(pairs))
+    try:
+        client = Client(
+            made,
+            servers,
+            fl_name=fl_name,
+            client_id=client_id,
+            policy=Policy(poll_interval=poll_interval),
+            on_iteration=print_json if as_json else None,
+            timeout=timeout,
+            ca_file=ca_file,
+            rotate=rotate,
+        )
+    except ConfigError as error:
+        raise UsageFault(str(error)) from error
+    with stopping_on_signals(client.stop):
+        summary = client.run()
+    sys.exit(0 if summary.ok or summary.outcome is Outcome.STOPPED else 1)
+
+
+if __name__ == "__main__":
+    main(prog_name="fl-client")

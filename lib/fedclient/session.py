@@ -1,0 +1,422 @@
+"""One device's side of the protocol, without sockets, clocks or chance.
+
+``Session.step(event, now, jitter)`` takes what happened and gives the one action to perform next (steps.py
+lists both). An iteration is startFLJob, evaluate (if there are evaluation data), fit, updateModel, then
+getModel until it answers 200; the loop ends after the plan's last one. replies.py says what a reply means.
+
+Where we are kinder than the original device client:
+
+* a refusal (300) may come ``Policy.max_restarts`` times instead of once, and never ends the last iteration;
+* a next_req_time that is missing, not a number or past means "after retry_time", growing with every repeat;
+* a failed connection or a passing HTTP error repeats the same bytes, all our rounds being idempotent.
+
+Times are milliseconds since the epoch, durations seconds. Only plain training is spoken (NOT_ENCRYPT, without
+compression); a plan that asks for more ends the session with that reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from enum import Enum, auto
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fedclient.replies import Verdict, clip, come_back, fault_of, judge, weights_of
+from fedclient.steps import (
+    Action,
+    Evaluate,
+    Evaluated,
+    Event,
+    Finished,
+    Fit,
+    Fitted,
+    IoFailed,
+    IterationDone,
+    IterationOutcome,
+    Loaded,
+    Outcome,
+    Replied,
+    Resumed,
+    Send,
+    Sleep,
+    Stop,
+    TrainerFailed,
+)
+from fedclient.trainer import FitConfig, Weights
+from fedcore.errors import ArrayError, ConfigError, LocalError, MalformedRequest
+from fedcore.wire.arrays import Floats, Layout, check_update
+from fedcore.wire.codec import encode
+from fedcore.wire.messages import (
+    CompressType,
+    FeatureMap,
+    Reply,
+    Request,
+    RequestFLJob,
+    RequestGetModel,
+    RequestUpdateModel,
+    ResponseFLJob,
+    ResponseGetModel,
+    ResponseUpdateModel,
+    Round,
+)
+
+MAX_DATA_SIZE = 65_535  # training samples; more is refused by every server
+NO_COMPRESS = np.array([CompressType.NO_COMPRESS], np.int8)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How patient a device is; all durations in seconds.
+
+    Attributes:
+        retry_time: wait after a refusal without a usable next_req_time, and after "not ready" texts.
+        max_restarts: refusals in a row, with no finished iteration between them, before the device gives up.
+        max_wait: the longest single wait for a next_req_time.
+        io_retry_time: wait before the first repeat of a request that met an I/O error.
+        max_io_retries: repeats of one request before the device gives up.
+        max_backoff: the longest wait that doubling may reach.
+        poll_interval: pause between two getModel requests.
+        poll_patience: how long an iteration's model is waited for.
+    """
+
+    retry_time: float = 10.0
+    max_restarts: int = 100
+    max_wait: float = 1800.0
+    io_retry_time: float = 0.5
+    max_io_retries: int = 10
+    max_backoff: float = 60.0
+    poll_interval: float = 1.0
+    poll_patience: float = 1800.0
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value, count = getattr(self, setting.name), setting.name in ("max_restarts", "max_io_retries")
+            if not (value >= 0 if count else 0 < value < math.inf):
+                hint = "0 or more" if count else "a number of seconds above 0"
+                raise ConfigError(f"{setting.name} is {value}", hint=hint)
+
+    def backoff(self, base: float, attempt: int, jitter: float) -> float:
+        """Return the seconds before a repeat: ``base``, doubled per earlier one, up to half more by chance.
+
+        Args:
+            base: seconds before the first repeat.
+            attempt: number of this repeat, from 1.
+            jitter: chance, 0 <= jitter < 1.
+        """
+        longest = max(base, self.max_backoff)
+        return min(base * 2.0 ** min(attempt - 1, 30), longest) * (1 + jitter / 2)
+
+
+def scaled(result: Weights, model: Weights, data_size: int) -> tuple[FeatureMap, ...]:
+    """Return trained weights as they travel: times the data size, in float32, in the order received.
+
+    Args:
+        result: name -> array of the model's number of elements; any non-empty subset of the model.
+        model: name -> float32[n], the global weights as received.
+        data_size: training samples.
+
+    Raises:
+        ShapeMismatch: an unknown weight, another size, or nothing at all.
+        NonFinite: NaN or infinity, possibly from the product.
+        TypeError, ValueError: not arrays of numbers.
+    """
+    factor = np.float32(data_size)
+    update = {}
+    with np.errstate(over="ignore", invalid="ignore"):
+        for name, values in result.items():
+            flat = np.asarray(values).reshape(-1)
+            update[name] = np.multiply(flat, factor, dtype=np.float32, casting="same_kind")
+    check_update(Layout.of(model), update)
+    return tuple(FeatureMap(name, update[name]) for name in model if name in update)
+
+
+def float32(value: object) -> float | None:
+    """Return a number as a finite float32, None if it is none."""
+    try:
+        with np.errstate(over="ignore"):
+            number = float(np.float32(value))  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+class Phase(Enum):
+    """What the session waits for."""
+
+    LOADING = auto()
+    STARTING = auto()
+    EVALUATING = auto()
+    FITTING = auto()
+    UPLOADING = auto()
+    FETCHING = auto()
+    PAUSED = auto()
+    OVER = auto()
+
+
+_WAITS_FOR: Mapping[Round, Phase] = {
+    "startFLJob": Phase.STARTING,
+    "updateModel": Phase.UPLOADING,
+    "getModel": Phase.FETCHING,
+}
+
+_Then = Callable[[int], Action]
+
+
+class Session:
+    """The state of one device in one job.
+
+    Attributes:
+        iteration: the number last named by a server, 0 at first.
+        model: the newest global weights, name -> float32[n], flat, read-only; empty at first.
+    """
+
+    def __init__(self, fl_name: str, fl_id: str, policy: Policy | None = None) -> None:
+        self.iteration = 0
+        self.model: dict[str, Floats] = {}
+        self._fl_name = fl_name
+        self._fl_id = fl_id
+        self._policy = policy or Policy()
+        self._sizes = Loaded(0)
+        self._last_iteration = 1  # the plan's
+        self._accuracy = 0.0  # stays so without evaluation data
+        self._config: FitConfig | None = None
+        self._poll_until = 0  # ms since the epoch
+        self._restarts = 0  # since the last finished iteration
+        self._undated = 0  # of these, the latest in a row without a usable time
+        self._io_failures = 0  # since the last reply
+        self._request: Send | None = None
+        self._then: _Then | None = None  # what follows the pause
+        self._phase = Phase.LOADING
+        self._end: Finished | None = None
+
+    def step(self, event: Event, now: int, jitter: float = 0.0) -> Action:
+        """Take an event and return the action to perform next.
+
+        Args:
+            event: what came of the previous action, or ``Stop``.
+            now: milliseconds since the epoch.
+            jitter: chance that spreads the repeats, 0 <= jitter < 1.
+
+        Raises:
+            LocalError: the event does not answer the previous action; always a bug of the caller.
+        """
+        if self._end is not None:
+            return self._end
+        if isinstance(event, Stop):
+            return self._finish(Outcome.STOPPED, "stopped on request")
+        try:
+            rule = self.TABLE[self._phase, type(event)]
+        except KeyError:
+            raise LocalError(f"{type(event).__name__} does not belong to {self._phase.name}") from None
+        return rule(self, event, now, jitter)
+
+    # -- rules: what follows each event
+
+    def _loaded(self, event: Loaded, now: int, jitter: float) -> Action:
+        if not 1 <= event.data_size <= MAX_DATA_SIZE or event.eval_data_size < 0:
+            sizes = f"{event.data_size} training and {event.eval_data_size} evaluation samples"
+            return self._finish(Outcome.FAILED, f"{sizes}: 1 to {MAX_DATA_SIZE} and 0 or more are possible")
+        self._sizes = event
+        return self._ask_start(now)
+
+    def _replied(self, event: Replied, now: int, jitter: float) -> Action:
+        assert self._request is not None
+        judgement = judge(self._request.round, event.status, event.body)
+        reason = f"{self._request.round}: {judgement.reason}"
+        if judgement.verdict is Verdict.REPEAT:
+            return self._repeat(reason, now, jitter)
+        self._io_failures = 0
+        match judgement.verdict:
+            case Verdict.SUCCESS:
+                try:
+                    return self._succeeded(judgement.reply, now)
+                except MalformedRequest as error:
+                    return self._restart(f"{reason}: {error}", None, now, jitter)
+            case Verdict.WAIT:
+                return self._poll(reason, now)
+            case Verdict.RESTART:
+                return self._restart(reason, judgement.reply, now, jitter)
+            case Verdict.OVER:
+                return self._finish(Outcome.JOB_OVER, judgement.reason)
+        return self._finish(Outcome.FAILED, reason)
+
+    def _succeeded(self, reply: Reply | None, now: int) -> Action:
+        match reply:
+            case ResponseFLJob():
+                return self._started(reply)
+            case ResponseUpdateModel():
+                self._poll_until = now + round(self._policy.poll_patience * 1000)
+                return self._ask_model(now)
+            case ResponseGetModel():
+                return self._received(reply)
+        raise MalformedRequest("no table")
+
+    def _started(self, reply: ResponseFLJob) -> Action:
+        plan = reply.fl_plan_config
+        if plan is None:
+            raise MalformedRequest("the reply holds no plan")
+        if fault := fault_of(reply, plan):
+            return self._finish(Outcome.FAILED, fault)
+        self.model = weights_of(reply.feature_map)
+        self.iteration = reply.iteration
+        self._last_iteration = plan.iterations
+        self._config = FitConfig(plan.epochs, plan.mini_batch, plan.lr, reply.iteration)
+        if self._sizes.eval_data_size == 0:
+            return self._fit()
+        self._phase = Phase.EVALUATING
+        return Evaluate(self.model)
+
+    def _evaluated(self, event: Evaluated, now: int, jitter: float) -> Action:
+        accuracy = float32(event.accuracy)
+        if accuracy is None:
+            return self._finish(Outcome.FAILED, f"the accuracy is {clip(str(event.accuracy))}")
+        self._accuracy = accuracy
+        return self._fit()
+
+    def _fit(self) -> Action:
+        assert self._config is not None
+        self._phase = Phase.FITTING
+        return Fit(self.model, self._config)
+
+    def _fitted(self, event: Fitted, now: int, jitter: float) -> Action:
+        loss = float32(event.result.loss)
+        if loss is None:
+            return self._finish(Outcome.FAILED, f"the loss is {clip(str(event.result.loss))}")
+        try:
+            upload = scaled(event.result.weights, self.model, self._sizes.data_size)
+        except (ArrayError, AttributeError, TypeError, ValueError) as error:
+            return self._finish(Outcome.FAILED, f"the trained weights cannot be sent: {error}")
+        return self._send(
+            "updateModel",
+            RequestUpdateModel(
+                fl_name=self._fl_name,
+                fl_id=self._fl_id,
+                iteration=self.iteration,
+                feature_map=upload,
+                timestamp=str(now),
+                upload_loss=loss,
+                upload_accuracy=self._accuracy,
+            ),
+        )
+
+    def _received(self, reply: ResponseGetModel) -> Action:
+        weights = weights_of(reply.feature_map)  # those not aggregated may be absent: they keep their values
+        if any(name not in self.model or self.model[name].size != weights[name].size for name in weights):
+            raise MalformedRequest("the new model is not that of startFLJob")
+        self.model = {**self.model, **weights}
+        self._restarts = self._undated = 0
+        return self._pause(IterationDone(self.iteration, IterationOutcome.COMPLETED), self._next)
+
+    def _io_failed(self, event: IoFailed, now: int, jitter: float) -> Action:
+        return self._repeat(clip(event.error), now, jitter)
+
+    def _trainer_failed(self, event: TrainerFailed, now: int, jitter: float) -> Action:
+        return self._finish(Outcome.FAILED, f"the trainer failed: {event.error}")
+
+    def _resumed(self, event: Resumed, now: int, jitter: float) -> Action:
+        assert self._then is not None
+        return self._then(now)
+
+    # -- requests
+
+    def _next(self, now: int) -> Action:
+        if self.iteration >= self._last_iteration:
+            return self._finish(Outcome.COMPLETED, f"iteration {self.iteration} was the last")
+        return self._ask_start(now)
+
+    def _ask_start(self, now: int) -> Action:
+        return self._send(
+            "startFLJob",
+            RequestFLJob(
+                fl_name=self._fl_name,
+                fl_id=self._fl_id,
+                iteration=self.iteration,
+                data_size=self._sizes.data_size,
+                timestamp=str(now),
+                download_compress_types=NO_COMPRESS,
+                eval_data_size=self._sizes.eval_data_size,
+            ),
+        )
+
+    def _ask_model(self, now: int) -> Action:
+        request = RequestGetModel(self._fl_name, self.iteration, str(now), NO_COMPRESS)
+        return self._send("getModel", request)
+
+    def _send(self, round_: Round, message: Request) -> Action:
+        return self._dispatch(Send(round_, encode(message)))
+
+    def _dispatch(self, request: Send) -> Action:
+        self._request = request
+        self._phase = _WAITS_FOR[request.round]
+        return request
+
+    # -- detours
+
+    def _poll(self, reason: str, now: int) -> Action:
+        if now >= self._poll_until:
+            waited = f"iteration {self.iteration} gave no model in {self._policy.poll_patience:g} s"
+            return self._finish(Outcome.FAILED, f"{waited}: {reason}")
+        return self._pause(Sleep(self._policy.poll_interval, reason), self._ask_model)
+
+    def _repeat(self, reason: str, now: int, jitter: float) -> Action:
+        """Send the same bytes again after a pause."""
+        assert self._request is not None
+        request = self._request
+        self._io_failures += 1
+        if self._io_failures > self._policy.max_io_retries:
+            return self._finish(
+                Outcome.FAILED, f"{self._io_failures} tries without answer; the last: {reason}"
+            )
+        seconds = self._policy.backoff(self._policy.io_retry_time, self._io_failures, jitter)
+        return self._pause(Sleep(seconds, reason), lambda now: self._dispatch(request))
+
+    def _restart(self, reason: str, reply: Reply | None, now: int, jitter: float) -> Action:
+        """Report the refusal, wait as long as the server wishes, and begin with startFLJob."""
+        self._restarts += 1
+        if self._restarts > self._policy.max_restarts:
+            return self._finish(
+                Outcome.FAILED, f"refused {self._restarts} times in a row; the last: {reason}"
+            )
+        if isinstance(reply, ResponseFLJob) and reply.iteration > 0:
+            self.iteration = reply.iteration
+        sleep = Sleep(self._wait(come_back(reply), now, jitter), reason)
+        done = IterationDone(self.iteration, IterationOutcome.RESTARTED, reason)
+        return self._pause(done, lambda now: self._pause(sleep, self._ask_start))
+
+    def _wait(self, until: int | None, now: int, jitter: float) -> float:
+        """Return the seconds until the time that a refusal names; a growing pause if it names none ahead."""
+        if until is not None and until > now:
+            self._undated = 0
+            return min((until - now) / 1000, self._policy.max_wait)
+        self._undated += 1
+        return self._policy.backoff(self._policy.retry_time, self._undated, jitter)
+
+    def _pause(self, action: Sleep | IterationDone, then: _Then) -> Action:
+        self._phase = Phase.PAUSED
+        self._then = then
+        return action
+
+    def _finish(self, outcome: Outcome, reason: str) -> Finished:
+        self._phase = Phase.OVER
+        self._request = self._then = None
+        self._end = Finished(outcome, reason)
+        return self._end
+
+    TABLE: ClassVar[Mapping[tuple[Phase, type[Any]], Callable[..., Action]]] = {
+        (Phase.LOADING, Loaded): _loaded,
+        (Phase.LOADING, TrainerFailed): _trainer_failed,
+        (Phase.STARTING, Replied): _replied,
+        (Phase.STARTING, IoFailed): _io_failed,
+        (Phase.EVALUATING, Evaluated): _evaluated,
+        (Phase.EVALUATING, TrainerFailed): _trainer_failed,
+        (Phase.FITTING, Fitted): _fitted,
+        (Phase.FITTING, TrainerFailed): _trainer_failed,
+        (Phase.UPLOADING, Replied): _replied,
+        (Phase.UPLOADING, IoFailed): _io_failed,
+        (Phase.FETCHING, Replied): _replied,
+        (Phase.FETCHING, IoFailed): _io_failed,
+        (Phase.PAUSED, Resumed): _resumed,
+    }
