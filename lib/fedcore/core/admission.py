@@ -59,6 +59,7 @@ class Selection(StrEnum):
     KNOWN = "known"  # a repeat: this client already holds a place
     UPLOADED = "uploaded"  # this client's update of this iteration is already counted
     FULL = "full"
+    RESERVED = "reserved"  # full, but this client was refused before: refused again, it may give up
     UNFIT = "unfit"  # there is a place, but the request itself may not have it
 
 
@@ -101,7 +102,7 @@ def judge_start(selection: Selection, fl_id: str, fault: str | None) -> Verdict:
             return Verdict(300, f"Updating device metadata failed for fl id {fl_id}")
         case Selection.UNFIT:
             return Verdict(300, fault or START_FULL)
-        case Selection.FULL:
+        case Selection.FULL | Selection.RESERVED:
             return Verdict(300, START_FULL)
 
 

@@ -18,17 +18,17 @@ def next_request_time(now_ms: int, opens_ms: int, margin_ms: int, jitter: float)
     return max(now_ms, opens_ms) + margin_ms + int(jitter * margin_ms)
 
 
-def expected_opening(now_ms: int, started_ms: int | None, window_ms: int, typical_ms: int | None) -> int:
+def expected_opening(now_ms: int, filled_ms: int | None, window_ms: int, typical_ms: int | None) -> int:
     """Estimate when the next iteration opens.
+
+    What is learnt from the past is the time from the moment when all places were taken. The whole duration of an
+    iteration would be the wrong measure: it holds the wait for refused devices, whose return it would then delay.
 
     Args:
         now_ms: the server's clock.
-        started_ms: first startFLJob of the current iteration, or None if nobody came yet.
+        filled_ms: when all places of the current iteration were taken, or None if some are left.
         window_ms: sum of the round windows, the longest an iteration may take.
-        typical_ms: duration of the recent iterations, or None before the first has ended.
+        typical_ms: what the last iteration took from its last place to its end, None before the first has ended.
     """
-    started = now_ms if started_ms is None else started_ms
-    longest = started + window_ms
-    if typical_ms is None:
-        return longest
-    return min(longest, max(now_ms, started + typical_ms))
+    filled = now_ms if filled_ms is None else filled_ms
+    return max(now_ms, filled + (window_ms if typical_ms is None else min(window_ms, typical_ms)))

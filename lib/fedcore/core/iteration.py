@@ -63,7 +63,7 @@ class Policy:
         update_threshold: updates that complete it (U), 1..N.
         start_window: seconds from the first to the last startFLJob.
         update_window: seconds from the first to the last updateModel.
-        global_window: seconds from the first startFLJob to the seal.
+        global_window: seconds from the first startFLJob to the quorum.
         last_iteration: the job's ``fl_iteration_num``.
     """
 
@@ -239,13 +239,18 @@ class MakeDurable:
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """Go to the next iteration in the shared state, by compare-and-set; report Advanced."""
+    """Go to the next iteration in the shared state, by compare-and-set; report Advanced.
+
+    ``phase`` is part of the comparison: a server whose clock runs out must not end an iteration that another
+    one has sealed meanwhile.
+    """
 
     number: int
     attempt: int
     success: bool
     result: str
     finishes: bool
+    phase: Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,9 +302,9 @@ def deadline(state: Iteration, policy: Policy) -> tuple[float, str] | None:
     """Return when the iteration fails for want of time, and with which result; None while no clock runs.
 
     A round's clock runs from its first to its last counted request, the global one from the first startFLJob.
-    After the seal nothing depends on devices and no clock runs.
+    From the quorum on nothing depends on devices and no clock runs.
     """
-    if state.phase is not Phase.COLLECTING or state.started is None:
+    if state.phase is not Phase.COLLECTING or state.started is None or _complete(state, policy):
         return None
     clocks = [(state.started + policy.global_window, GLOBAL_TIMEOUT)]
     if state.selected < policy.start_threshold:
@@ -327,14 +332,21 @@ def _on_uploaded(state: Iteration, event: UploadCounted, now: float, policy: Pol
     return state, _seal_if_complete(state, policy)
 
 
+def _complete(state: Iteration, policy: Policy) -> bool:
+    return state.uploaded >= policy.update_threshold
+
+
 def _seal_if_complete(state: Iteration, policy: Policy) -> tuple[Effect, ...]:
-    return (Seal(state.number, state.attempt),) if state.uploaded >= policy.update_threshold else ()
+    return (Seal(state.number, state.attempt),) if _complete(state, policy) else ()
 
 
 def _on_time(state: Iteration, event: TimePassed, now: float, policy: Policy) -> Step:
-    due = deadline(state, policy)
-    if due is None or now < due[0] or state.running is not RunningState.RUNNING:
+    """Look at the clock; a complete iteration is sealed again, as its seal may be lost with a connection."""
+    if state.running is not RunningState.RUNNING:
         return state, ()
+    due = deadline(state, policy)
+    if due is None or now < due[0]:
+        return state, _seal_if_complete(state, policy)
     return state, (_advance(state, policy, False, due[1]),)
 
 
@@ -368,7 +380,7 @@ def _on_lost(state: Iteration, event: UpdatesLost, now: float, policy: Policy) -
 
 def _advance(state: Iteration, policy: Policy, success: bool, result: str) -> Advance:
     finishes = state.number >= policy.last_iteration
-    return Advance(state.number, state.attempt, success, result, finishes)
+    return Advance(state.number, state.attempt, success, result, finishes, state.phase)
 
 
 def _on_advanced(state: Iteration, event: Advanced, now: float, policy: Policy) -> Step:

@@ -100,10 +100,29 @@ class Partial:
     totals: Totals
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Merge:
+    """Accepted updates on their way into the sums.
+
+    Attributes:
+        sums: where they go; those of the iteration that they were accepted in.
+        updates: what is added.
+        slots: where they lie.
+    """
+
+    sums: RunningSum
+    updates: list[WeightedUpdate]
+    slots: list[Slot]
+
+    def run(self) -> None:
+        """Add them; in any thread."""
+        self.sums.add(self.updates)
+
+
 class Ledger:
     """The updates of one server, in memory.
 
-    Only ``merge`` may run in another thread than the rest, one call at a time.
+    One merge may be under way at a time, in a thread of its own; everything else happens in one thread.
 
     Attributes:
         id: names this ledger in the shared state; new with every process.
@@ -123,17 +142,25 @@ class Ledger:
         self._slots_left = max(_LEAST_SLOTS, memory_budget // slot_size)
         self._free: list[Slot] = []
         self._accepted: deque[tuple[Slot, Upload]] = deque()
+        self._layout = layout
         self._sums = RunningSum(layout)
+        self._merge: Merge | None = None
         self._totals = Totals()
         self._iteration = 0
         self._attempt = 0
         self._sealed = True
 
     def begin(self, iteration: int, attempt: int) -> None:
-        """Start an iteration with empty sums; what is left of the one before is forgotten."""
+        """Start an iteration with empty sums; what is left of the one before is forgotten.
+
+        A merge that is still under way ends in the sums of its own iteration, which nobody reads any more.
+        """
         while self._accepted:
-            self._free.append(self._accepted.popleft()[0])
-        self._sums.clear()
+            self.release(self._accepted.popleft()[0])
+        if self._merge is None:
+            self._sums.clear()  # fresh memory would cost several times as much
+        else:
+            self._sums = RunningSum(self._layout)
         self._totals = Totals()
         self._iteration, self._attempt, self._sealed = iteration, attempt, False
 
@@ -171,11 +198,28 @@ class Ledger:
         """Accepted updates that are not in the sums yet."""
         return len(self._accepted)
 
-    def merge(self) -> list[Slot]:
-        """Add up to MERGE_BATCH accepted updates to the sums; return their slots for ``release``."""
+    def start_merge(self) -> Merge:
+        """Take up to MERGE_BATCH accepted updates to be added to the sums; ``finish_merge`` gives them back.
+
+        Raises:
+            LocalError: another merge is under way.
+        """
+        if self._merge is not None:
+            raise LocalError("a ledger was asked for two merges at a time")
         batch = [self._accepted.popleft() for _ in range(min(MERGE_BATCH, len(self._accepted)))]
-        self._sums.add([WeightedUpdate(upload.weights, upload.data_size) for _, upload in batch])
-        return [slot for slot, _ in batch]
+        updates = [WeightedUpdate(upload.weights, upload.data_size) for _, upload in batch]
+        self._merge = Merge(self._sums, updates, [slot for slot, _ in batch])
+        return self._merge
+
+    def finish_merge(self) -> None:
+        """Free the slots of the merge that has been run, well or not."""
+        merge, self._merge = self._merge, None
+        for slot in merge.slots if merge is not None else ():
+            self.release(slot)
+
+    def current(self, merge: Merge) -> bool:
+        """Tell whether a merge belongs to the current iteration."""
+        return merge.sums is self._sums
 
     def seal(self) -> Partial:
         """Close the iteration and return its sums; they are valid until the next ``begin``.
@@ -183,7 +227,7 @@ class Ledger:
         Raises:
             LocalError: there are updates left to merge.
         """
-        if self._accepted:
+        if self._accepted or self._merge is not None:
             raise LocalError("a ledger was sealed before its updates were merged")
         self._sealed = True
         return Partial(self.id, self._iteration, self._attempt, self._sums, self._totals)

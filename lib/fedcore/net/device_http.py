@@ -1,33 +1,39 @@
 """The devices' HTTP listener: a thin protocol over a well-kept C parser.
 
-One connection serves one request at a time. The head is parsed by httptools (llhttp); the body then goes straight
-into a sink that the route chose after it has judged the announced length, so no length that a device names makes
-the server allocate or read more than the route allows. What arrives behind a request waits, at most MAX_HEAD bytes
-and then the socket is not read, until the request is answered.
+One connection serves one request at a time. The body goes straight into a sink that the route chose after it has judged
+the announced length, so no length that a device names makes the server allocate or read more than the route allows.
+What arrives behind a request waits unread but for some MAX_HEAD bytes, and no request is looked at before the answer to
+the one before it has left: what a connection can hold in memory is bounded whatever its peer does.
+
+A refused peer may still be sending. Closing on it would destroy the answer on its way, so the listener says that
+it is done and for a while reads and forgets what comes.
 
 Every state of a connection has a deadline; the site looks at all of them once a second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from email.utils import formatdate
 from enum import Enum
 from typing import Any
 from typing import Protocol as TypingProtocol
 
-import httptools
-from twisted.internet import defer, protocol, task
+from twisted.internet import defer, protocol, task, tcp
 from twisted.internet.interfaces import IAddress, IPushProducer
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from fedcore.errors import BodyTooLarge, FedcoreError
+from fedcore.errors import BodyTooLarge, PeerError
+from fedcore.net.direct_io import DirectIO, unacknowledged
+from fedcore.net.http_head import ChunkedBody, HeadFault, RequestHead, parse_head
 
 MAX_HEAD = 16_384  # bytes; nginx, Apache and Node.js allow 8 to 16 KiB
-READ_SIZE = 1 << 20  # bytes asked for per recv: large bodies arrive in few turns of the reactor
+WRITE_SIZE = 65_536  # bytes handed to the transport at a time
+LINGER_S = 30.0  # as nginx: how long a refused peer may go on sending
+LINGER_BYTES = 64 << 20  # and how much
 SWEEP_S = 1.0  # how often deadlines are looked at, and so their precision
 _HEAD_END = b"\r\n\r\n"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -39,8 +45,11 @@ _PHRASES = {
     413: b"Content Too Large",
     431: b"Request Header Fields Too Large",
     500: b"Internal Server Error",
+    501: b"Not Implemented",
     503: b"Service Unavailable",
+    505: b"HTTP Version Not Supported",
 }
+_WASTE = memoryview(bytearray(1 << 16))  # where bytes go that nobody wants
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +163,10 @@ class Stage(Enum):
     ROOM = 3  # a sink
     BODY = 4  # the rest of a body
     ANSWER = 5  # the route's answer
-    DRAIN = 6  # the peer to read its answer
-    CLOSING = 7
+    SEND = 6  # the peer to take the answer
+    TURN = 7  # its turn: a request has arrived behind another
+    LINGER = 8  # a refused peer to stop sending
+    CLOSED = 9  # the transport to be gone
 
 
 @implementer(IPushProducer)
@@ -163,120 +174,142 @@ class DeviceProtocol(protocol.Protocol):
     """One connection of a device."""
 
     log = Logger()
+    transport: Any
 
     def __init__(self, site: DeviceSite) -> None:
         self.site = site
-        self._deadline = site.now + site.limits.header_timeout
+        self._direct: DirectIO | None = None  # the socket of a plain connection; there is none with TLS
         self._stage = Stage.IDLE
-        self._pending = bytearray()  # received, not looked at
-        self._url = b""
-        self._headers: dict[bytes, bytes] = {}
-        self._parser: Any = None
-        self._keep_alive = True
+        self._deadline = float("inf")
+        self._pending = b""  # received, not looked at
+        self._reading = True
+        self._works = 0  # coroutines under way
+        self._gone = False
+
+        self._head: RequestHead | None = None
         self._route: Route | None = None
+        self._limit = 0  # bytes of the longest body there
         self._sink: Sink | None = None
-        self._chunked = False
-        self._complete = False  # of a chunked body
-        self._length = 0  # announced bytes of the body
-        self._received = 0
-        self._checked = 0  # bytes of the body at the last look at its rate
+        self._chunks: ChunkedBody | None = None
+        self._received = 0  # bytes of the body
+
+        self._unsent: list[bytes | memoryview] = []
+        self._sent = 0  # bytes of the answer that the transport has taken
+        self._blocked = False  # whether the transport has too much left to write
+        self._keep_alive = False  # after this answer
+        self._unread = False  # whether the peer may still be sending what it was refused
+
+        self._checked = 0  # bytes moved at the last look at the rate
+        self._waste_left = LINGER_BYTES
 
     # ---- Twisted's side
 
     def connectionMade(self) -> None:
         self.site.connections.add(self)
+        self._enter(Stage.IDLE, self.site.limits.header_timeout)
         self.transport.setTcpNoDelay(True)
-        self.transport.bufferSize = READ_SIZE
         self.transport.registerProducer(self, True)
+        if type(self.transport) is tcp.Server:
+            self._direct = DirectIO(self.transport, self)
 
     def connectionLost(self, reason: Failure = protocol.connectionDone) -> None:
-        self._stage = Stage.CLOSING
+        self._enter(Stage.CLOSED, None)
         self._drop_sink()
-        self.site.connections.discard(self)
+        self._unsent, self._pending = [], b""
+        if self._direct is not None:
+            self._direct.release()
+        self._gone = True
+        self._leave()
 
     def dataReceived(self, data: bytes) -> None:
-        if self._stage is Stage.BODY:
-            self._take_chunks(data) if self._chunked else self._take_body(data)
+        match self._stage:
+            case Stage.BODY:
+                self._take_body(data) if self._chunks is None else self._take_chunks(self._chunks, data)
+            case Stage.IDLE | Stage.HEAD:
+                self._pending = self._pending + data if self._pending else data
+                self._take_head()
+            case Stage.LINGER:
+                self.filled(len(data))
+            case Stage.ROOM | Stage.ANSWER | Stage.SEND | Stage.TURN:
+                self._pending += data
+                if len(self._pending) > MAX_HEAD:
+                    self._read(False)
+
+    def room(self) -> memoryview | None:
+        """Return where the bytes belong that come next (DirectIO)."""
+        if self._stage is Stage.BODY and self._chunks is None:
+            assert self._sink is not None and self._head is not None
+            return self._sink.buffer[self._received : self._head.length]
+        return _WASTE if self._stage is Stage.LINGER else None
+
+    def filled(self, count: int) -> None:
+        """Go on after bytes have arrived where they belong (DirectIO)."""
+        if self._stage is Stage.LINGER:
+            self._waste_left -= count
+            if self._waste_left < 0:
+                self.abort()
             return
-        self._pending += data
-        if self._stage in (Stage.IDLE, Stage.HEAD):
-            self._take_head()
-        elif len(self._pending) > MAX_HEAD:
-            self.transport.pauseProducing()
+        assert self._head is not None
+        self._received += count
+        if self._received == self._head.length:
+            self._body_complete()
 
     def pauseProducing(self) -> None:
-        """Wait until the peer has read its answer before the next request is looked at."""
-        if self._stage is Stage.IDLE:
-            self._stage = Stage.DRAIN
-            self.transport.pauseProducing()
+        """Write no more for now."""
+        self._blocked = True
 
     def resumeProducing(self) -> None:
-        """Go on: the peer has read its answer."""
-        if self._stage is Stage.DRAIN:
-            self._await_request()
+        """Go on writing."""
+        self._blocked = False
+        if self._stage is Stage.SEND:
+            self._send()
 
     def stopProducing(self) -> None:
         """Stop writing: the connection is gone."""
 
     # ---- head
 
-    def on_url(self, url: bytes) -> None:
-        """Collect the request target (httptools)."""
-        self._url += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Collect one header (httptools)."""
-        self._headers[name.lower()] = value
-
     def _take_head(self) -> None:
-        end = self._pending.find(_HEAD_END) + len(_HEAD_END)
-        if end < len(_HEAD_END):
-            if len(self._pending) > MAX_HEAD:
-                self._refuse(text_response(431, "The request head is too long."))
-            elif self._stage is Stage.IDLE:
-                self._enter(Stage.HEAD, self.site.limits.header_timeout)
-            return
-        if end > MAX_HEAD:
+        data = self._pending
+        if data[0] in b"\r\n":
+            data = data.lstrip(b"\r\n")  # RFC 9112 2.2: empty lines before a request are no fault
+        end = data.find(_HEAD_END) + len(_HEAD_END)
+        complete = end >= len(_HEAD_END)
+        if (end if complete else len(data)) > MAX_HEAD:
             self._refuse(text_response(431, "The request head is too long."))
-            return
-        head = bytes(self._pending[:end])
-        del self._pending[:end]
-        self._url, self._headers, self._complete = b"", {}, False
-        self._parser = httptools.HttpRequestParser(self)
-        try:
-            self._parser.feed_data(head)
-            path = httptools.parse_url(self._url).path
-        except httptools.HttpParserUpgrade:
-            self._refuse(text_response(400, "This listener upgrades to nothing."))
-            return
-        except httptools.HttpParserError as error:
-            self._refuse(text_response(400, f"Bad request: {error}"))
-            return
-        self._keep_alive = (
-            self._parser.should_keep_alive()
-            and self._parser.get_http_version() == "1.1"
-            and self._parser.get_method() != b"HEAD"
-        )
-        self._begin(path)
+        elif complete:
+            self._pending = data[end:]
+            self._begin(parse_head(data[:end]))
+        else:
+            self._pending = data
+            self._read(True)
+            if self._stage is Stage.IDLE:
+                self._enter(Stage.HEAD, self.site.limits.header_timeout)
 
-    def _begin(self, path: bytes) -> None:
-        """Judge the head and find room for the body."""
-        route = self.site.routes.get(path)
-        self._chunked = b"transfer-encoding" in self._headers
-        self._length = int(self._headers.get(b"content-length", 0))
-        self._received = self._checked = 0
+    def _begin(self, head: RequestHead | HeadFault) -> None:
+        """Judge a head."""
+        if isinstance(head, HeadFault):
+            self._refuse(text_response(head.status, head.text))
+            return
+        self._head = head
+        route = self.site.routes.get(head.path)
         if route is None:
             self._answer_unread(self.site.pages.not_found())
-            return
-        if not self._chunked and self._length == 0:
+        elif not head.chunked and head.length == 0:
             self._answer(self.site.pages.empty_body())
-            return
-        limit = route.limit()
-        if self._length > limit:
-            self._answer_unread(self.site.pages.error(_too_large(route, f"{self._length} bytes", limit)))
-            return
+        else:
+            self._find_room(route, head)
+
+    def _find_room(self, route: Route, head: RequestHead) -> None:
         self._route = route
-        sink = route.sink(limit if self._chunked else self._length)
+        try:
+            self._limit = limit = route.limit()
+            if head.length > limit:
+                raise _too_large(route, f"{head.length} bytes", limit)
+            sink = route.sink(limit if head.chunked else head.length)
+        except Exception as error:
+            self._answer_unread(self.site.pages.error(error))
+            return
         if isinstance(sink, defer.Deferred):
             self._enter(Stage.ROOM, None)
             self._run(self._wait_for_room(route, sink))
@@ -286,69 +319,57 @@ class DeviceProtocol(protocol.Protocol):
     async def _wait_for_room(self, route: Route, room: defer.Deferred[Sink]) -> None:
         try:
             sink = await room
-        except FedcoreError as error:
+        except Exception as error:
             self._answer_unread(self.site.pages.error(error))
             return
-        if self._stage is Stage.CLOSING:
+        if self._stage is Stage.CLOSED:
             route.discard(sink)
         else:
             self._receive_into(sink)
 
-    def _receive_into(self, sink: Sink) -> None:
-        self._sink = sink
-        self._enter(Stage.BODY, self.site.limits.body_timeout)
-        if self._headers.get(b"expect", b"").lower() == b"100-continue":
-            self.transport.write(_CONTINUE)
-        if self._pending:
-            data, self._pending = bytes(self._pending), bytearray()
-            self.dataReceived(data)
-        self.transport.resumeProducing()
-
     # ---- body
 
+    def _receive_into(self, sink: Sink) -> None:
+        assert self._head is not None
+        self._sink = sink
+        self._chunks = ChunkedBody(sink.buffer, self._limit) if self._head.chunked else None
+        self._received = self._checked = 0
+        self._enter(Stage.BODY, self.site.limits.body_timeout)
+        self._read(True)
+        if self._pending:
+            data, self._pending = self._pending, b""
+            self.dataReceived(data)
+        elif self._head.expects_continue:
+            self.transport.write(_CONTINUE)
+
     def _take_body(self, data: bytes) -> None:
-        assert self._sink is not None
-        end = self._received + len(data)
-        if end > self._length:
-            used = self._length - self._received
-            self._pending += data[used:]
-            data, end = data[:used], self._length
+        assert self._sink is not None and self._head is not None
+        end = min(self._received + len(data), self._head.length)
+        count = end - self._received
+        if count < len(data):
+            data, self._pending = data[:count], data[count:]
         self._sink.buffer[self._received : end] = data
-        self._received = end
-        if end == self._length:
-            self._body_complete()
+        self.filled(count)
 
-    def _take_chunks(self, data: bytes) -> None:
+    def _take_chunks(self, chunks: ChunkedBody, data: bytes) -> None:
+        assert self._route is not None
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            cause = error.__context__
+            chunks.feed(data)
+        except PeerError as error:
             self._drop_sink()
-            too_large = isinstance(cause, BodyTooLarge)
-            self._refuse(
-                self.site.pages.error(cause) if too_large else text_response(400, f"Bad request: {error}")
-            )
-            return
-        if self._complete:
-            self._keep_alive = False  # the parser has swallowed whatever followed in the same read
-            if self._received:
-                self._body_complete()
+            if chunks.overflow:
+                self._refuse(self.site.pages.error(_too_large(self._route, "chunks", self._limit)))
             else:
-                self._drop_sink()
-                self._answer(self.site.pages.empty_body())
-
-    def on_body(self, data: bytes) -> None:
-        """Move the content of a chunk into the sink (httptools)."""
-        assert self._sink is not None and self._route is not None
-        end = self._received + len(data)
-        if end > self._route.limit():
-            raise _too_large(self._route, "chunks", self._route.limit())
-        self._sink.buffer[self._received : end] = data
-        self._received = end
-
-    def on_message_complete(self) -> None:
-        """Note the end of a chunked body (httptools)."""
-        self._complete = True
+                self._refuse(text_response(400, str(error)))
+            return
+        self._received = chunks.length
+        if not chunks.complete:
+            return
+        if self._received:
+            self._body_complete()
+        else:
+            self._drop_sink()
+            self._answer(self.site.pages.empty_body())
 
     def _body_complete(self) -> None:
         assert self._sink is not None and self._route is not None
@@ -356,6 +377,11 @@ class DeviceProtocol(protocol.Protocol):
         sink.length = self._received
         self._enter(Stage.ANSWER, None)
         self._run(self._handle(self._route, sink))
+
+    def _drop_sink(self) -> None:
+        if self._sink is not None and self._route is not None:
+            self._route.discard(self._sink)
+        self._sink = None
 
     # ---- answer
 
@@ -366,46 +392,115 @@ class DeviceProtocol(protocol.Protocol):
             response = self.site.pages.error(error)
         self._answer(response)
 
-    def _answer(self, response: Response) -> None:
-        if self._stage is Stage.CLOSING:
-            return
-        keep_alive = self._keep_alive and not self.site.stopping
-        limits = self.site.limits
-        reading = limits.body_timeout + response.length / max(limits.min_body_rate, 1.0)
-        self._enter(Stage.IDLE if keep_alive else Stage.CLOSING, reading)
-        self.transport.writeSequence((response.head(self.site.date(), keep_alive), *response.parts))
-        if not keep_alive:
-            self.transport.unregisterProducer()
-            self.transport.loseConnection()
-        elif self._stage is Stage.IDLE:
-            self._await_request()
-
-    def _await_request(self) -> None:
-        self._enter(Stage.IDLE, self.site.limits.idle_timeout)
-        self.transport.resumeProducing()
-        if self._pending:  # a pipelined request gets a turn of its own, so that nobody can hold the reactor
-            self.site.call_soon(self._next_request)
-
-    def _next_request(self) -> None:
-        if self._stage is Stage.IDLE and self._pending:
-            self._take_head()
-
     def _answer_unread(self, response: Response) -> None:
-        """Answer before the body is read; the connection cannot be used again if there is one."""
-        if self._chunked or self._length:
-            self._keep_alive = False
-        self._answer(response)
+        """Answer before the body is read; if there is one, the connection cannot be used again."""
+        assert self._head is not None
+        self._answer(response, unread=self._head.chunked or self._head.length > 0)
 
     def _refuse(self, response: Response) -> None:
-        self._keep_alive = False
-        self._answer(response)
+        """Answer a peer with whom one cannot go on."""
+        self._answer(response, unread=True)
+
+    def _answer(self, response: Response, *, unread: bool = False) -> None:
+        if self._stage is Stage.CLOSED:
+            return
+        head, self._head = self._head, None
+        self._unread = unread or (head is not None and head.chunked)
+        self._keep_alive = head is not None and head.keep_alive and not (self._unread or self.site.stopping)
+        self._unsent = [response.head(self.site.date, self._keep_alive)]
+        if head is None or head.method != b"HEAD":
+            self._unsent += response.parts
+        self._sent = 0
+        self._enter(Stage.SEND, self.site.limits.body_timeout)
+        self._send()
+        if self._stage is Stage.SEND:
+            self._checked = self._taken
+
+    def _send(self) -> None:
+        """Write what the transport takes; when all has left, go on."""
+        while self._unsent and not self._blocked:
+            if self._direct is not None:
+                self._skip(self._direct.send(self._unsent))
+            if self._unsent:
+                piece = self._unsent[0][:WRITE_SIZE]
+                self.transport.write(bytes(piece))
+                self._skip(len(piece))
+        if not (self._unsent or self._blocked):
+            self._answered()
+
+    def _skip(self, count: int) -> None:
+        """Forget so many unsent bytes."""
+        self._sent += count
+        while self._unsent and count >= len(self._unsent[0]):
+            count -= len(self._unsent.pop(0))
+        if count:
+            self._unsent[0] = memoryview(self._unsent[0])[count:]
+
+    def _answered(self) -> None:
+        if self._keep_alive and not self.site.stopping:
+            if self._pending:
+                self._enter(Stage.TURN, None)  # one request a turn, so that nobody can hold the reactor
+                self.site.call_soon(self._next_request)
+            else:
+                self._enter(Stage.IDLE, self.site.limits.idle_timeout)
+                self._read(True)
+        elif self._unread or self._pending:
+            self._linger()
+        else:
+            self.close()
+
+    @property
+    def _taken(self) -> int:
+        """Bytes of the answer that the peer's side has taken, less what it had left to take before."""
+        return self._sent - unacknowledged(self.transport)
+
+    def _next_request(self) -> None:
+        if self._stage is Stage.TURN:
+            self._enter(Stage.IDLE, self.site.limits.idle_timeout)
+            self._take_head()
+
+    # ---- end
+
+    def _linger(self) -> None:
+        """Tell the peer that all is said, and hear it out."""
+        self._enter(Stage.LINGER, LINGER_S)
+        self._pending = b""
+        self._read(True)
+        self.transport.unregisterProducer()
+        if self._direct is not None:
+            self.transport.loseWriteConnection()
+        else:
+            self.transport.loseConnection()  # TLS says that it ends, and reads on until the peer says so too
+
+    def close(self) -> None:
+        """Close once everything written has been read."""
+        self._enter(Stage.CLOSED, self.site.limits.body_timeout)
+        self.transport.unregisterProducer()
+        self.transport.loseConnection()
+
+    def abort(self) -> None:
+        """Close at once."""
+        self._enter(Stage.CLOSED, None)
+        self._drop_sink()
+        if not self._gone:
+            self.transport.abortConnection()
+
+    def _leave(self) -> None:
+        """Leave the site once the peer is gone and nothing is done for it any more."""
+        if self._gone and not self._works:
+            self.site.forget(self)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is under way."""
+        return self._stage is Stage.IDLE
 
     # ---- time
 
     def _enter(self, stage: Stage, seconds: float | None) -> None:
-        """Go to a stage; ``seconds`` is how long it may last, None if the route sees to it."""
+        """Go to a stage; ``seconds`` is how long it may last, None if somebody else sees to it."""
         self._stage = stage
-        self._deadline = float("inf") if seconds is None else self.site.now + seconds
+        self._deadline = float("inf") if seconds is None else self.site.clock() + seconds
 
     def check_deadline(self, now: float) -> None:
         """End a stage that lasted too long."""
@@ -417,42 +512,50 @@ class DeviceProtocol(protocol.Protocol):
             case Stage.HEAD:
                 self._refuse(text_response(408, "The request head did not arrive in time."))
             case Stage.BODY:
-                self._check_rate()
+                if not self._fast_enough(self._received):
+                    self._drop_sink()
+                    self._refuse(text_response(408, "The request body arrives too slowly."))
+            case Stage.SEND:
+                if not self._fast_enough(self._taken):
+                    self.abort()
             case _:
-                self.transport.abortConnection()
+                self.abort()
 
-    def _check_rate(self) -> None:
+    def _fast_enough(self, moved: int) -> bool:
+        """Tell whether enough of a body has moved since the last look, and let it go on if so."""
         limits = self.site.limits
-        if self._received - self._checked < limits.min_body_rate * limits.body_timeout:
-            self._drop_sink()
-            self._refuse(text_response(408, "The request body arrives too slowly."))
-            return
-        self._checked = self._received
-        self._enter(Stage.BODY, limits.body_timeout)
-
-    def close(self) -> None:
-        """Close once everything written has been read."""
-        self._enter(Stage.CLOSING, self.site.limits.body_timeout)
-        self.transport.unregisterProducer()
-        self.transport.loseConnection()
-
-    @property
-    def idle(self) -> bool:
-        """Whether no request is under way."""
-        return self._stage in (Stage.IDLE, Stage.DRAIN)
+        enough = moved - self._checked >= max(1, limits.min_body_rate * limits.body_timeout)
+        if enough:
+            self._checked = moved
+            self._enter(self._stage, limits.body_timeout)
+        return enough
 
     # ---- helpers
 
-    def _drop_sink(self) -> None:
-        if self._sink is not None and self._route is not None:
-            self._route.discard(self._sink)
-        self._sink = None
+    def _read(self, wanted: bool) -> None:
+        """Read from the socket or leave it unread."""
+        if wanted != self._reading:
+            self._reading = wanted
+            self.transport.resumeProducing() if wanted else self.transport.pauseProducing()
 
-    def _run(self, work: Any) -> None:
-        defer.Deferred.fromCoroutine(work).addErrback(self._failed)
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        self._works += 1
+        defer.Deferred.fromCoroutine(work).addBoth(self._ended)
 
-    def _failed(self, failure: Failure) -> None:
-        self.log.failure("a device connection failed", failure)
+    def _ended(self, result: Any) -> None:
+        self._works -= 1
+        if isinstance(result, Failure):
+            self.log.failure("a device connection failed", result)
+            self.abort()
+        self._leave()
+
+
+class _TurnedAway(protocol.Protocol):
+    """A connection too many."""
+
+    transport: Any
+
+    def connectionMade(self) -> None:
         self.transport.abortConnection()
 
 
@@ -464,11 +567,13 @@ class DeviceSite(protocol.Factory):
     """The listener: its routes, limits and open connections.
 
     Attributes:
-        connections: the open ones.
-        now: the reactor's clock at the last sweep, seconds.
+        connections: the open ones, and those whose device has gone while its request was still being worked on.
+        clock: the reactor's, seconds.
+        date: the Date header of now.
         stopping: True makes every connection close with its answer.
     """
 
+    log = Logger()
     noisy = False
 
     def __init__(
@@ -479,39 +584,37 @@ class DeviceSite(protocol.Factory):
         self.pages = pages
         self.limits = limits
         self.connections: set[DeviceProtocol] = set()
-        self.now = reactor.seconds()
+        self.clock = reactor.seconds
+        self.date = b""
         self.stopping = False
         self._max_connections = max_connections
         self._reactor = reactor
-        self._date = b""
+        self._listening = False
         self._sweeper = task.LoopingCall(self._sweep)
         self._sweeper.clock = reactor
 
     def startFactory(self) -> None:
-        self._sweeper.start(SWEEP_S)
+        self._listening = True
+        if not self._sweeper.running:
+            self._sweeper.start(SWEEP_S)
 
     def stopFactory(self) -> None:
-        if self._sweeper.running:
-            self._sweeper.stop()
+        self._listening = False
+        self._rest()
 
-    def buildProtocol(self, addr: IAddress) -> DeviceProtocol | None:
+    def buildProtocol(self, addr: IAddress | None) -> protocol.Protocol:
         if self.stopping or len(self.connections) >= self._max_connections:
-            return None
+            return _TurnedAway()  # None would do on plain TCP; Twisted's TLS cannot take it
         return DeviceProtocol(self)
 
-    def call_soon(self, function: Any) -> None:
+    def forget(self, connection: DeviceProtocol) -> None:
+        """Drop a connection that is over."""
+        self.connections.discard(connection)
+        self._rest()
+
+    def call_soon(self, function: Callable[[], None]) -> None:
         """Call a function in the next turn of the reactor."""
         self._reactor.callLater(0, function)
-
-    def date(self) -> bytes:
-        """Return the Date header, made once a second."""
-        return self._date
-
-    def _sweep(self) -> None:
-        self.now = self._reactor.seconds()
-        self._date = formatdate(usegmt=True).encode()
-        for connection in list(self.connections):
-            connection.check_deadline(self.now)
 
     def stop(self) -> None:
         """Close idle connections; the others close with their answer."""
@@ -519,3 +622,18 @@ class DeviceSite(protocol.Factory):
         for connection in list(self.connections):
             if connection.idle:
                 connection.close()
+
+    def _sweep(self) -> None:
+        now = self.clock()
+        self.date = formatdate(usegmt=True).encode()
+        for connection in list(self.connections):
+            try:
+                connection.check_deadline(now)
+            except Exception:  # one connection's fault must not end the deadlines of all
+                self.log.failure("a device connection failed")
+                connection.abort()
+
+    def _rest(self) -> None:
+        """Stop looking at deadlines once there is nothing left that has one."""
+        if self._sweeper.running and not (self._listening or self.connections):
+            self._sweeper.stop()

@@ -29,7 +29,7 @@ from fedcore.observe.metrics import OUTCOMES, UNAVAILABLE, ServerMetrics
 from fedcore.services.answers import Answer, Answers
 from fedcore.services.iteration_driver import IterationDriver
 from fedcore.services.update_intake import UpdateIntake
-from fedcore.store.cluster_state import ClientMeta, IterationMoved
+from fedcore.store.cluster_state import ClientMeta, IterationMoved, Reserve
 from fedcore.wire import codec
 from fedcore.wire.arrays import Layout, all_finite, check_update
 from fedcore.wire.messages import (
@@ -45,7 +45,6 @@ from fedcore.wire.messages import (
 START_LIMIT = 256 * 1024  # bytes; a request with its certificate chain takes some 20 KiB
 GET_LIMIT = 64 * 1024
 INNER_ERROR = "An inner error occurred"
-RESERVE_SLACK_MS = 15_000  # how much later than told a refused device may come and still find its place
 _TEXT = b"text/html; charset=ISO-8859-1"  # what the original sends with everything; old devices do not look
 
 
@@ -125,7 +124,8 @@ class ClientApi:
                 if await self._settled(error, number, until):
                     continue
                 selection = Selection.FULL
-            if selection is Selection.FULL and self._complete and await self._moved_on(number, until):
+            full = selection is Selection.RESERVED or (selection is Selection.FULL and self._complete)
+            if full and await self._moved_on(number, until):
                 continue
             verdict = admission.judge_start(selection, request.fl_id, fault)
             return (
@@ -172,9 +172,10 @@ class ClientApi:
         cluster = self.driver.cluster
         assert cluster is not None and request.fl_id is not None
         meta = ClientMeta(request.data_size, max(0, request.eval_data_size), self._now_ms())
-        reserve_ms = self._next_req_time() - self._now_ms() + RESERVE_SLACK_MS
+        margin = self._margin_ms  # a refused device returns within two of them after the expected opening
+        reserve = Reserve(self._next_req_time() - self._now_ms(), 2 * margin, margin)
         selection, count = await cluster.select_client(
-            number, request.fl_id, meta, places=self._places, fit=fit, reserve_ms=reserve_ms
+            number, request.fl_id, meta, places=self._places, fit=fit, reserve=reserve
         )
         if selection is Selection.SELECTED:
             self.driver.note(ClientSelected(number, count))
@@ -281,11 +282,11 @@ class ClientApi:
 
     def _next_req_time(self) -> int:
         """Return when a refused device shall come back."""
-        started, typical = self.driver.iteration.started, self.driver.typical
+        filled, typical = self.driver.filled, self.driver.typical
         now = self._now_ms()
-        started_ms = None if started is None else now - int((self._reactor.seconds() - started) * 1000)
+        filled_ms = None if filled is None else now - int((self._reactor.seconds() - filled) * 1000)
         typical_ms = None if typical is None else int(typical * 1000)
-        opens = backoff.expected_opening(now, started_ms, self._window_ms, typical_ms)
+        opens = backoff.expected_opening(now, filled_ms, self._window_ms, typical_ms)
         return backoff.next_request_time(now, opens, self._margin_ms, self._chance())
 
     def _refuse_start(self, verdict: Verdict) -> Answer:

@@ -105,7 +105,8 @@ class IterationDriver(Service):
         iteration: this server's copy of the current iteration.
         cluster: the shared state, None until the server has joined.
         models: the newest models.
-        typical: seconds that recent iterations took, or None.
+        filled: seconds, when all places of the current iteration were taken, or None.
+        typical: seconds that the last valid iteration took from then to its end, or None.
     """
 
     log = Logger()
@@ -127,6 +128,7 @@ class IterationDriver(Service):
         self.models = models
         self.cluster: ClusterState | None = None
         self.iteration = Iteration(models.newest + 1)
+        self.filled: float | None = None
         self.typical: float | None = None
         self.on_join: list[Callable[[], object]] = []
         self.on_iteration_end: list[Callable[[IterationEnd], None]] = []
@@ -144,6 +146,7 @@ class IterationDriver(Service):
         self._deadline: Any = None
         self._deadline_at = 0.0
         self._started: float | None = None  # first startFLJob of the iteration that is ending
+        self._filled_before: float | None = None  # ``filled`` of that iteration
         self._last_upload: float | None = None
         metrics.quorums.labels("startFLJob").set(job.policy.start_threshold)
         metrics.quorums.labels("updateModel").set(job.policy.update_threshold)
@@ -267,9 +270,9 @@ class IterationDriver(Service):
             case core.MakeDurable(number):
                 await self._save(number)
                 return core.CandidateDurable()
-            case core.Advance(number, attempt, success, result, finishes):
+            case core.Advance(number, attempt, success, result, finishes, phase):
                 done = await cluster.advance(
-                    number, attempt, success=success, result=result, finishes=finishes
+                    number, attempt, success=success, result=result, finishes=finishes, phase=phase
                 )
                 return core.Advanced(success, result) if done else await self._observed()
             case core.Open():
@@ -353,7 +356,8 @@ class IterationDriver(Service):
     def _tell(self, ended: IterationEnd) -> None:
         now = self._reactor.seconds()
         if ended.valid and ended.seconds is not None:
-            self.typical = ended.seconds
+            if self._filled_before is not None:
+                self.typical = now - self._filled_before
             self._metrics.iteration_duration.observe(ended.seconds)
             if self._last_upload is not None:
                 self._metrics.publication.observe(now - self._last_upload)
@@ -499,6 +503,9 @@ class IterationDriver(Service):
         now = self.iteration
         if now.number != before.number:
             self._started = before.started
+            self._filled_before, self.filled = self.filled, None
+        if self.filled is None and now.selected >= self.job.policy.start_threshold:
+            self.filled = self._reactor.seconds()
         self._metrics.iteration.set(now.number)
         self._metrics.counts.labels("startFLJob").set(now.selected)
         self._metrics.counts.labels("updateModel").set(now.uploaded)

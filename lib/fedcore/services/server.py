@@ -106,7 +106,9 @@ class Server:
         self._api = ClientApi(
             settings, layout, self.driver, self._intake, metrics, reactor, _now_ms, random.random
         )
-        self._heartbeat = heartbeat = Heartbeat(lambda: self.driver.cluster, "server", node_id, str(address), reactor)
+        self._heartbeat = heartbeat = Heartbeat(
+            lambda: self.driver.cluster, "server", node_id, str(address), reactor
+        )
         self.driver.on_join.append(heartbeat.beat)
         self.site = DeviceSite(
             device_routes(self._api, settings.client.http_url_prefix, metrics, reactor.seconds),

@@ -11,7 +11,7 @@ from twisted.logger import Logger
 
 from fedcore.core.admission import Acceptance
 from fedcore.errors import FedcoreError, LocalError, StoreUnavailable
-from fedcore.ledger.ledger import Ledger, Partial, Slot, Upload
+from fedcore.ledger.ledger import Ledger, Merge, Partial, Slot, Upload
 from fedcore.store.cluster_state import ClientMeta, ClusterState
 from fedcore.wire.messages import RequestUpdateModel
 
@@ -47,9 +47,9 @@ class UpdateIntake(Service):
         self._room_timeout = room_timeout
         self._reactor = reactor
         self._waiting: deque[defer.Deferred[Slot]] = deque()
-        self._accepting = 0
+        self._asking: set[object] = set()  # one token per question that the shared state has not answered yet
         self._merging = False
-        self._fault: BaseException | None = None
+        self._fault: BaseException | None = None  # of a merge of the current iteration
         self._settled: list[defer.Deferred[None]] = []
 
     # ---- room
@@ -64,18 +64,21 @@ class UpdateIntake(Service):
         Raises:
             NoRoom: none came free in time.
         """
-        waiter: defer.Deferred[Slot] = defer.Deferred()
+        waiter: defer.Deferred[Slot] = defer.Deferred(self._waiting.remove)
         self._waiting.append(waiter)
         waiter.addTimeout(self._room_timeout, self._reactor)
         try:
             return await waiter
         except defer.TimeoutError:
-            self._waiting.remove(waiter)
             raise NoRoom("all upload slots are taken", hint="raise fedcore.ledger.memory_budget") from None
 
     def release(self, slot: Slot) -> None:
         """Take back a slot and hand it to whoever waits."""
         self.ledger.release(slot)
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give free slots to those who wait, first come first served."""
         while self._waiting:
             room = self.ledger.receive()
             if room is None:
@@ -106,18 +109,20 @@ class UpdateIntake(Service):
         Raises:
             StoreError: the shared state is not where the caller is.
         """
-        self._accepting += 1
+        question = object()
+        self._asking.add(question)
         try:
             acceptance, count, meta = await self._ask(request, cluster, number, attempt, quorum, fit)
             if meta is None:
                 return acceptance, count
-            if self.ledger.holds(request.fl_id or ""):
+            if not fit or self.ledger.holds(request.fl_id or ""):
+                # Counted before. If this ledger does not hold it yet, the question that brought it is still open.
                 return Acceptance.REPEATED, count
             self.ledger.accept(slot, _upload(request, meta))
             self._merge()
             return acceptance, count
         finally:
-            self._accepting -= 1
+            self._asking.remove(question)
             self._settle()
 
     async def _ask(
@@ -150,14 +155,19 @@ class UpdateIntake(Service):
         """Start an iteration with empty sums."""
         self._fault = None
         self.ledger.begin(iteration, attempt)
+        self._hand_out()
 
     async def seal(self) -> Partial:
-        """Return the sums once no acceptance is under way and every update is merged.
+        """Return the sums once every update that may count is in them.
+
+        To be called when the shared state is sealed: only questions that are open now can still be answered with
+        ACCEPTED. Later ones are not waited for, or a stream of late uploads could hold up the iteration.
 
         Raises:
             LocalError: a merge failed, so the sums are not to be trusted.
         """
-        while not self._idle:
+        open_questions = set(self._asking)
+        while not self._asking.isdisjoint(open_questions) or self._unmerged:
             settled: defer.Deferred[None] = defer.Deferred()
             self._settled.append(settled)
             await settled
@@ -166,35 +176,37 @@ class UpdateIntake(Service):
         return self.ledger.seal()
 
     @property
-    def _idle(self) -> bool:
-        return not (self._accepting or self._merging or (self.ledger.unmerged and self._fault is None))
+    def _unmerged(self) -> bool:
+        """Whether updates are still on their way into the sums."""
+        return self._merging or (self.ledger.unmerged > 0 and self._fault is None)
 
     def _merge(self) -> None:
         if self._merging or self._fault is not None or not self.ledger.unmerged:
             return
         self._merging = True
+        merge = self.ledger.start_merge()
         if self._inline:
-            merge = defer.execute(self.ledger.merge)
+            done = defer.execute(merge.run)
         else:
-            merge = threads.deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self.ledger.merge)
-        merge.addCallbacks(self._merged, self._merge_failed).addBoth(lambda _: self._settle())
+            done = threads.deferToThreadPool(self._reactor, self._reactor.getThreadPool(), merge.run)
+        done.addErrback(self._merge_failed, merge).addBoth(lambda _: self._merged())
 
-    def _merged(self, slots: list[Slot]) -> None:
+    def _merge_failed(self, failure: Any, merge: Merge) -> None:
+        if self.ledger.current(merge):
+            self._fault = failure.value
+        self.log.failure("updates could not be added to the sum of their iteration", failure)
+
+    def _merged(self) -> None:
         self._merging = False
-        for slot in slots:
-            self.release(slot)
+        self.ledger.finish_merge()
+        self._hand_out()
         self._merge()
-
-    def _merge_failed(self, failure: Any) -> None:
-        self._merging = False
-        self._fault = failure.value
-        self.log.failure("updates could not be added to the sum; the iteration will fail", failure)
+        self._settle()
 
     def _settle(self) -> None:
-        if self._idle:
-            settled, self._settled = self._settled, []
-            for waiter in settled:
-                waiter.callback(None)
+        settled, self._settled = self._settled, []
+        for waiter in settled:
+            waiter.callback(None)
 
 
 def _upload(request: RequestUpdateModel, meta: ClientMeta) -> Upload:

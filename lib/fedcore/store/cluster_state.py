@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fedcore.core.admission import Acceptance, Selection
 from fedcore.core.iteration import Iteration, Phase
@@ -76,6 +77,20 @@ class ClientMeta:
         return cls(int(data_size), int(eval_data_size), int(start_ms))
 
 
+class Reserve(NamedTuple):
+    """How a refused client's place is kept.
+
+    Attributes:
+        returns_ms: when it is told to return, milliseconds from now.
+        before_ms: how long before that others must leave it a place.
+        after_ms: how long after that.
+    """
+
+    returns_ms: int
+    before_ms: int
+    after_ms: int
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """A living member of the cluster."""
@@ -113,27 +128,32 @@ class ClusterState:
         if not answer:
             return None
         now_ms, selected, uploaded = (int(part) for part in answer[:3])
-        fields = {key.decode(): value.decode() for key, value in zip(answer[3::2], answer[4::2], strict=True)}
+        raw = dict(zip(answer[3::2], answer[4::2], strict=True))  # others' fields need not be text
+
+        def text(field: str, default: str = "") -> str:
+            value = raw.get(field.encode())
+            return default if value is None else value.decode()
 
         def ago(field: str) -> float | None:
-            return (now_ms - int(fields[field])) / 1000 if field in fields else None
+            moment = text(field)
+            return (now_ms - int(moment)) / 1000 if moment else None
 
         iteration = Iteration(
-            number=int(fields["iterationNum"]),
-            attempt=int(fields.get("attempt", 1)),
-            phase=Phase(fields.get("phase", Phase.COLLECTING)),
-            running=RunningState(int(fields.get("runningState", 0))),
+            number=int(text("iterationNum")),
+            attempt=int(text("attempt", "1")),
+            phase=Phase(text("phase", Phase.COLLECTING)),
+            running=RunningState(int(text("runningState", "0"))),
             selected=selected,
             uploaded=uploaded,
-            digest=fields.get("digest", ""),
+            digest=text("digest"),
         )
         return Snapshot(
             iteration,
             ago("startedMs"),
             ago("firstUploadMs"),
-            fields.get("token", ""),
-            fields.get("lastIterationSuccess") == "1",
-            fields.get("lastIterationResult", ""),
+            text("token"),
+            text("lastIterationSuccess") == "1",
+            text("lastIterationResult"),
         )
 
     async def create(self, number: int, *, success: bool, result: str, running: RunningState) -> bool:
@@ -142,7 +162,7 @@ class ClusterState:
         return bool(await self.redis.script("create_status", [self.keys.status], arguments))
 
     async def select_client(
-        self, number: int, fl_id: str, meta: ClientMeta, *, places: int, fit: bool, reserve_ms: int
+        self, number: int, fl_id: str, meta: ClientMeta, *, places: int, fit: bool, reserve: Reserve
     ) -> tuple[Selection, int]:
         """Give a client a place.
 
@@ -152,7 +172,7 @@ class ClusterState:
             meta: what it declared.
             places: start_fl_job_threshold.
             fit: False only asks what the answer would be.
-            reserve_ms: how long a refused client's place in the next iteration is kept.
+            reserve: the place of a refused client in a later iteration.
 
         Returns:
             The outcome, and the count of selected clients where it is SELECTED.
@@ -169,7 +189,7 @@ class ClusterState:
             places,
             int(fit),
             self._iteration_ttl,
-            reserve_ms,
+            *reserve,
         ]
         word, count = await self.redis.script("select_client", names, arguments)
         self._raise_if_elsewhere(word, count)
@@ -232,11 +252,29 @@ class ClusterState:
         arguments: list[Argument] = [number, attempt, before.value, after.value, *extra]
         return bool(await self.redis.script("set_phase", [self.keys.status], arguments))
 
-    async def advance(self, number: int, attempt: int, *, success: bool, result: str, finishes: bool) -> bool:
-        """End iteration ``number`` and open the next by compare-and-set; False if the state is another one."""
+    async def advance(
+        self,
+        number: int,
+        attempt: int,
+        *,
+        success: bool,
+        result: str,
+        finishes: bool,
+        phase: Phase | None = None,
+    ) -> bool:
+        """End iteration ``number`` and open the next by compare-and-set; False if the state is another one.
+
+        Args:
+            number: the iteration that ends.
+            attempt: its attempt.
+            success: whether it made a model.
+            result: why it ended.
+            finishes: whether the job ends with it.
+            phase: the phase it must be in, None for any.
+        """
         names = [self.keys.status, self.keys.clients(number), self.keys.uploads(number)]
         arguments: list[Argument] = [number, attempt, number + 1, int(success), result, int(finishes)]
-        arguments += [self._job_ttl, keys.RELEASE_TTL_S]
+        arguments += [self._job_ttl, keys.RELEASE_TTL_S, "" if phase is None else phase.value]
         return bool(await self.redis.script("advance", names, arguments))
 
     async def offer_hyper_parameters(self, values: Mapping[str, object]) -> None:

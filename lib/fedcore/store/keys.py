@@ -16,7 +16,8 @@ schedulers of MindSpore Federated 0.1 read; ``waiting``, ``clients`` and ``uploa
 
 Fields of status:Hash. Theirs: iterationNum, lastIterationSuccess ("0"/"1"), lastIterationResult, runningState.
 Ours: attempt, phase, token (of the server that reduces), digest (of the candidate model), startedMs and
-firstUploadMs (of this iteration, by Redis' clock).
+firstUploadMs (of this iteration, by Redis' clock). A status that was written by the original lacks ours, and
+runningState may be missing: it then counts as running, collecting, in its first attempt.
 """
 
 from __future__ import annotations

@@ -36,6 +36,11 @@ class _Factory(txredisapi.RedisFactory):
         self._changed = changed
 
     def addConnection(self, conn: Any) -> None:
+        """Take a connection into use once Redis has answered on it: a paused or loading one accepts them too."""
+        if conn.connected:
+            conn.ping().addCallbacks(lambda _: self._use(conn), lambda _: conn.transport.loseConnection())
+
+    def _use(self, conn: Any) -> None:
         super().addConnection(conn)
         self._changed(bool(self.pool))
 

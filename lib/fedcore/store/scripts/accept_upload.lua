@@ -11,10 +11,10 @@ if holder and (holder ~= ARGV[6] or ARGV[3] ~= ARGV[1]) then return {'repeated',
 local number, attempt, phase, state =
   unpack(redis.call('HMGET', KEYS[1], 'iterationNum', 'attempt', 'phase', 'runningState'))
 if not number then return {'missing', 0, ''} end
-if number ~= ARGV[1] or attempt ~= ARGV[2] or state ~= '0' then return {'closed', tonumber(number), ''} end
+if number ~= ARGV[1] or (attempt or '1') ~= ARGV[2] or (state or '0') ~= '0' then return {'closed', tonumber(number), ''} end
 local count = redis.call('HLEN', KEYS[3])
 if holder then return {'accepted', count, redis.call('HGET', KEYS[2], ARGV[4])} end
-if count >= tonumber(ARGV[5]) or phase ~= 'collecting' then return {'full', count, ''} end
+if count >= tonumber(ARGV[5]) or (phase or 'collecting') ~= 'collecting' then return {'full', count, ''} end
 local meta = redis.call('HGET', KEYS[2], ARGV[4])
 if not meta then return {'unknown', count, ''} end
 if ARGV[3] ~= number then return {'other', tonumber(number), ''} end

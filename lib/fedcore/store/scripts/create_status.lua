@@ -1,7 +1,7 @@
--- Write the first state of an instance, unless there is one.
+-- Write the first state of an instance, unless there is one; a hash without an iteration is none.
 -- KEYS[1] status hash   ARGV: lifetime in seconds, iteration, success, result, running state
 -- Returns 1 if written, 0 if there was one.
-if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+if redis.call('HEXISTS', KEYS[1], 'iterationNum') == 1 then return 0 end
 redis.call('HSET', KEYS[1], 'iterationNum', ARGV[2], 'lastIterationSuccess', ARGV[3],
   'lastIterationResult', ARGV[4], 'runningState', ARGV[5], 'attempt', 1, 'phase', 'collecting')
 redis.call('EXPIRE', KEYS[1], ARGV[1])

@@ -1,14 +1,13 @@
 -- The state of job and iteration in one atomic look.
 -- KEYS[1] status hash   ARGV[1] key prefix of the instance
 -- Returns {} if there is no status, else {redis time in ms, clients, uploads, field, value, field, value, ...}.
-local status = redis.call('HGETALL', KEYS[1])
-if #status == 0 then return {} end
 local number = redis.call('HGET', KEYS[1], 'iterationNum')
+if not number then return {} end
 local now = redis.call('TIME')
 local answer = {
   now[1] * 1000 + math.floor(now[2] / 1000),
   redis.call('HLEN', ARGV[1] .. number .. ':clients:Hash'),
   redis.call('HLEN', ARGV[1] .. number .. ':uploads:Hash'),
 }
-for _, part in ipairs(status) do answer[#answer + 1] = part end
+for _, part in ipairs(redis.call('HGETALL', KEYS[1])) do answer[#answer + 1] = part end
 return answer

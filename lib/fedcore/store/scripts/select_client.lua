@@ -1,26 +1,34 @@
 -- Give a client a place in the current iteration, at most once, and never more places than there are.
 -- KEYS: status hash, clients hash, uploads hash, waiting zset (clients and uploads of iteration ARGV[1])
 -- ARGV: iteration, fl_id, meta, places, 1 if the request may have a place, lifetime in seconds,
---       milliseconds that a refused client's place in the next iteration stays reserved
+--       when a refused client is told to return, how long before that its place is kept free, and how long after
+--       (all three in milliseconds; the first from now on)
 -- Returns {word, number}: "missing"; "closed" (not collecting, or another iteration: number is the current one);
--- "known" (a repeat), "uploaded", "full", "unfit", or "selected" (number is the count).
+-- "known" (a repeat), "uploaded", "full", "reserved" (full, and this client was refused before), "unfit", or
+-- "selected" (number is the count).
+-- A client refused for want of a place waits in the zset under the time of its return. Others leave it its place
+-- around that time.
 local number, phase, state = unpack(redis.call('HMGET', KEYS[1], 'iterationNum', 'phase', 'runningState'))
 if not number then return {'missing', 0} end
-if number ~= ARGV[1] or state ~= '0' then return {'closed', tonumber(number)} end
+if number ~= ARGV[1] or (state or '0') ~= '0' then return {'closed', tonumber(number)} end
 if redis.call('HEXISTS', KEYS[2], ARGV[2]) == 1 then
   if redis.call('HEXISTS', KEYS[3], ARGV[2]) == 1 then return {'uploaded', 0} end
   return {'known', 0}
 end
-if phase ~= 'collecting' then return {'closed', tonumber(number)} end
+if (phase or 'collecting') ~= 'collecting' then return {'closed', tonumber(number)} end
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now)
+redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now - ARGV[9])
 local count, places = redis.call('HLEN', KEYS[2]), tonumber(ARGV[4])
-local reserved, mine = redis.call('ZCARD', KEYS[4]), redis.call('ZSCORE', KEYS[4], ARGV[2])
-if count >= places or (not mine and count + reserved >= places) then
-  if mine or reserved < places then redis.call('ZADD', KEYS[4], now + ARGV[7], ARGV[2]) end
-  return {'full', count}
+local mine = redis.call('ZSCORE', KEYS[4], ARGV[2])
+local expected = redis.call('ZCOUNT', KEYS[4], '-inf', now + ARGV[8])
+if count >= places or (not mine and count + expected >= places) then
+  if mine or redis.call('ZCARD', KEYS[4]) < places then
+    redis.call('ZADD', KEYS[4], now + ARGV[7], ARGV[2])
+    redis.call('PEXPIRE', KEYS[4], ARGV[7] + ARGV[6] * 1000)
+  end
+  return {mine and 'reserved' or 'full', count}
 end
 if ARGV[5] ~= '1' then return {'unfit', count} end
 

@@ -3,6 +3,7 @@
 -- Returns 1, or 0 if the state is another one.
 local number, attempt, phase, state =
   unpack(redis.call('HMGET', KEYS[1], 'iterationNum', 'attempt', 'phase', 'runningState'))
-if number ~= ARGV[1] or attempt ~= ARGV[2] or phase ~= ARGV[3] or state ~= '0' then return 0 end
+if number ~= ARGV[1] or (attempt or '1') ~= ARGV[2] then return 0 end
+if (phase or 'collecting') ~= ARGV[3] or (state or '0') ~= '0' then return 0 end
 redis.call('HSET', KEYS[1], 'phase', ARGV[4], unpack(ARGV, 5))
 return 1

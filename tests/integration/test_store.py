@@ -1,0 +1,865 @@
+"""The shared state against a real Redis: what each script answers, changes and refuses to change."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from integration.redis_fixture import PrivateRedis, ReactorThread, redis_client
+from twisted.internet import defer
+
+from fedcore.core.admission import Acceptance, Selection
+from fedcore.core.iteration import Iteration, Phase
+from fedcore.core.job import RunningState
+from fedcore.errors import StoreUnavailable
+from fedcore.store import keys
+from fedcore.store.cluster_state import (
+    ClientMeta,
+    ClusterState,
+    IterationMoved,
+    Node,
+    StateMissing,
+    claim_instance,
+    current_instance,
+)
+from fedcore.store.redis import Redis
+
+WINDOW_MS = 300_999  # of the whole iteration; lifetimes follow from its whole seconds
+JOB_TTL, ITERATION_TTL = 300 + 604_800, 300 + 1_800
+META = ClientMeta(120, 7, 1_700_000_000_123)
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The state of one fresh job, and short words for what a server does with it."""
+
+    loop: ReactorThread
+    redis: Redis
+    state: ClusterState
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return self.loop.run(work)
+
+    def together(self, works: list[Coroutine[Any, Any, Any]]) -> list[Any]:
+        """Start all at once on the one connection; return all results."""
+
+        async def gather() -> list[Any]:
+            return list(await defer.gatherResults([defer.Deferred.fromCoroutine(work) for work in works]))
+
+        return self.run(gather())
+
+    def command(self, *words: str | bytes | int) -> Any:
+        return self.run(self.redis.command(*words))
+
+    def create(self, number: int = 5, running: RunningState = RunningState.RUNNING) -> bool:
+        return self.run(self.state.create(number, success=True, result="fine", running=running))
+
+    def read(self) -> Any:
+        return self.run(self.state.read())
+
+    def selecting(
+        self, fl_id: str, number: int = 5, places: int = 3, fit: bool = True, reserve_ms: int = 60_000
+    ) -> Coroutine[Any, Any, tuple[Selection, int]]:
+        return self.state.select_client(number, fl_id, META, places=places, fit=fit, reserve_ms=reserve_ms)
+
+    def select(self, fl_id: str, **given: Any) -> tuple[Selection, int]:
+        return self.run(self.selecting(fl_id, **given))  # type: ignore[no-any-return]
+
+    def accepting(
+        self,
+        fl_id: str,
+        number: int = 5,
+        attempt: int = 1,
+        requested: int = 5,
+        quorum: int = 2,
+        ledger_id: str = "L1",
+        fit: bool = True,
+    ) -> Coroutine[Any, Any, tuple[Acceptance, int, ClientMeta | None]]:
+        return self.state.accept_upload(
+            number, attempt, requested, fl_id, quorum=quorum, ledger_id=ledger_id, fit=fit
+        )
+
+    def accept(self, fl_id: str, **given: Any) -> tuple[Acceptance, int, ClientMeta | None]:
+        return self.run(self.accepting(fl_id, **given))  # type: ignore[no-any-return]
+
+    def go(self, before: Phase, after: Phase, number: int = 5, attempt: int = 1, **fields: str) -> bool:
+        return self.run(self.state.set_phase(number, attempt, before, after, fields))  # type: ignore[no-any-return]
+
+    def advance(
+        self,
+        number: int = 5,
+        attempt: int = 1,
+        phase: Phase = Phase.COLLECTING,
+        success: bool = True,
+        result: str = "done",
+        finishes: bool = False,
+    ) -> bool:
+        return self.run(  # type: ignore[no-any-return]
+            self.state.advance(
+                number, attempt, success=success, result=result, finishes=finishes, phase=phase
+            )
+        )
+
+    def status(self) -> dict[str, str]:
+        """The status hash as it is, its moments left out."""
+        flat = self.command("HGETALL", self.state.keys.status)
+        fields = {key.decode(): value.decode() for key, value in zip(flat[::2], flat[1::2], strict=True)}
+        return {key: value for key, value in fields.items() if not key.endswith("Ms")}
+
+    def set_status(self, **fields: str | int) -> None:
+        self.command("HSET", self.state.keys.status, *(part for item in fields.items() for part in item))
+
+    def ttl(self, key: str) -> int:
+        return self.command("TTL", key)  # type: ignore[no-any-return]
+
+    def names(self) -> set[str]:
+        """All keys of this job."""
+        return {name.decode() for name in self.command("KEYS", f"ms_fl:{self.state.keys.fl_name}:*")}
+
+
+def fresh(loop: ReactorThread, redis: Redis) -> Shared:
+    return Shared(loop, redis, ClusterState(redis, f"job{next(_numbers)}", "i_1", WINDOW_MS))
+
+
+@pytest.fixture
+def shared(loop: ReactorThread, redis: Redis) -> Shared:
+    return fresh(loop, redis)
+
+
+@pytest.fixture
+def open_five(shared: Shared) -> Shared:
+    """Iteration 5 has begun."""
+    assert shared.create()
+    return shared
+
+
+ELSEWHERE: list[tuple[str, Callable[[Shared], object], int]] = [
+    ("a later iteration", lambda shared: shared.set_status(iterationNum=6), 6),
+    ("an earlier iteration", lambda shared: shared.set_status(iterationNum=3), 3),
+    ("disabled", lambda shared: shared.set_status(runningState=1), 5),
+    ("finished", lambda shared: shared.set_status(runningState=2), 5),
+    ("stopped", lambda shared: shared.set_status(runningState=3), 5),
+]
+elsewhere = pytest.mark.parametrize(
+    ("move", "number"), [case[1:] for case in ELSEWHERE], ids=[c[0] for c in ELSEWHERE]
+)
+
+
+class TestStatus:
+    def test_there_is_none_at_first(self, shared: Shared) -> None:
+        assert shared.read() is None
+
+    def test_it_is_written_once(self, shared: Shared) -> None:
+        assert shared.create(5)
+        before = shared.read()
+        assert not shared.create(1, RunningState.FINISH)
+        assert shared.read() == before
+        assert before.iteration == Iteration(5)
+        assert (before.started_ago, before.first_upload_ago, before.token) == (None, None, "")
+        assert (before.success, before.result) == (True, "fine")
+        assert shared.ttl(shared.state.keys.status) == pytest.approx(JOB_TTL, abs=2)
+
+    @pytest.mark.parametrize("running", RunningState)
+    def test_it_tells_whether_the_job_runs(self, shared: Shared, running: RunningState) -> None:
+        shared.run(shared.state.create(9, success=False, result="warum nicht: ü", running=running))
+        snapshot = shared.read()
+        assert snapshot.iteration == Iteration(9, running=running)
+        assert (snapshot.success, snapshot.result) == (False, "warum nicht: ü")
+
+    def test_its_fields_are_those_of_the_protocol_and_ours(self, open_five: Shared) -> None:
+        assert open_five.status() == {
+            "iterationNum": "5",
+            "lastIterationSuccess": "1",
+            "lastIterationResult": "fine",
+            "runningState": "0",
+            "attempt": "1",
+            "phase": "collecting",
+        }
+
+    def test_the_counts_and_clocks_are_those_of_its_iteration(self, open_five: Shared) -> None:
+        open_five.select("a")
+        open_five.select("b")
+        open_five.accept("a")
+        snapshot = open_five.read()
+        assert snapshot.iteration == Iteration(5, selected=2, uploaded=1)
+        assert 0 <= snapshot.first_upload_ago <= snapshot.started_ago < 20
+        open_five.advance()
+        snapshot = open_five.read()
+        assert snapshot.iteration == Iteration(6)
+        assert (snapshot.started_ago, snapshot.first_upload_ago) == (None, None)
+
+    def test_one_of_the_original_is_read_and_served(self, shared: Shared) -> None:
+        """Servers of the original write no attempt and no phase; the secret prime is no text."""
+        shared.set_status(iterationNum=5, lastIterationSuccess=1, lastIterationResult="", runningState=0)
+        shared.command("HSET", shared.state.keys.status, "prime", bytes(range(200, 233)))
+        assert shared.read().iteration == Iteration(5)
+        assert shared.select("a") == (Selection.SELECTED, 1)
+        assert shared.accept("a") == (Acceptance.ACCEPTED, 1, META)
+        assert shared.go(Phase.COLLECTING, Phase.SEALED)
+        assert shared.advance(phase=Phase.SEALED)
+
+    def test_a_state_that_is_not_there_counts_as_running(self, shared: Shared) -> None:
+        shared.set_status(iterationNum=5)
+        assert shared.read().iteration == Iteration(5)
+        assert shared.select("a") == (Selection.SELECTED, 1)
+        assert shared.accept("a") == (Acceptance.ACCEPTED, 1, META)
+        assert shared.go(Phase.COLLECTING, Phase.SEALED)
+
+    def test_a_switch_without_an_iteration_is_no_status(self, shared: Shared) -> None:
+        """An operator may switch a job off right after Redis lost its data."""
+        shared.set_status(runningState=1)
+        assert shared.read() is None
+        with pytest.raises(StateMissing):
+            shared.select("a")
+        with pytest.raises(StateMissing):
+            shared.accept("a")
+        assert not shared.advance()
+        assert not shared.go(Phase.COLLECTING, Phase.SEALED)
+        assert shared.create(5)
+        assert shared.read().iteration == Iteration(5)
+
+
+class TestSelect:
+    def test_gives_each_client_one_place(self, open_five: Shared) -> None:
+        assert open_five.select("a") == (Selection.SELECTED, 1)
+        assert open_five.select("b") == (Selection.SELECTED, 2)
+        assert open_five.select("a")[0] is Selection.KNOWN
+        assert open_five.read().iteration.selected == 2
+        held = open_five.command("HGET", open_five.state.keys.clients(5), "a")
+        assert ClientMeta.unpack(held) == META
+
+    def test_a_repeat_keeps_what_was_declared_first(self, open_five: Shared) -> None:
+        open_five.select("a")
+        other = replace(META, data_size=1)
+        answer = open_five.run(open_five.state.select_client(5, "a", other, places=3, fit=True, reserve_ms=1))
+        assert answer[0] is Selection.KNOWN
+        assert open_five.accept("a")[2] == META
+
+    def test_never_gives_more_places_than_there_are(self, open_five: Shared) -> None:
+        answers = open_five.together([open_five.selecting(f"c{i}", places=20) for i in range(50)])
+        assert sorted(count for word, count in answers if word is Selection.SELECTED) == list(range(1, 21))
+        assert sum(word is Selection.FULL for word, _ in answers) == 30
+        assert open_five.read().iteration.selected == 20
+
+    def test_an_unfit_request_only_learns_what_it_would_get(self, open_five: Shared) -> None:
+        assert open_five.select("a", fit=False)[0] is Selection.UNFIT
+        assert open_five.read() == replace(open_five.read(), iteration=Iteration(5), started_ago=None)
+        for fl_id in "bcd":
+            open_five.select(fl_id)
+        assert open_five.select("a", fit=False)[0] is Selection.FULL
+        assert open_five.select("b", fit=False)[0] is Selection.KNOWN
+
+    def test_the_first_place_starts_the_clock_once(self, open_five: Shared) -> None:
+        open_five.select("a")
+        began = open_five.command("HGET", open_five.state.keys.status, "startedMs")
+        open_five.select("b")
+        open_five.select("a")
+        assert open_five.command("HGET", open_five.state.keys.status, "startedMs") == began
+        assert began.isdigit()
+
+    def test_after_its_upload_a_client_is_told_so(self, open_five: Shared) -> None:
+        open_five.select("a")
+        open_five.accept("a")
+        assert open_five.select("a")[0] is Selection.UPLOADED
+
+    def test_a_repeat_is_answered_while_the_iteration_changes_and_nothing_else_is(
+        self, open_five: Shared
+    ) -> None:
+        open_five.select("a")
+        assert open_five.go(Phase.COLLECTING, Phase.SEALED)
+        assert open_five.select("a")[0] is Selection.KNOWN
+        with pytest.raises(IterationMoved) as moved:
+            open_five.select("b")
+        assert moved.value.number == 5
+
+    @elsewhere
+    def test_elsewhere_no_place_is_given(
+        self, open_five: Shared, move: Callable[[Shared], object], number: int
+    ) -> None:
+        open_five.select("a")
+        move(open_five)
+        for fl_id in "ab":
+            with pytest.raises(IterationMoved) as moved:
+                open_five.select(fl_id)
+            assert moved.value.number == number
+
+    def test_without_a_status_the_caller_is_told(self, shared: Shared) -> None:
+        with pytest.raises(StateMissing):
+            shared.select("a")
+        assert shared.names() == set()
+
+    def test_the_places_outlive_the_iteration_only_a_little(self, open_five: Shared) -> None:
+        open_five.select("a")
+        assert open_five.ttl(open_five.state.keys.clients(5)) == pytest.approx(ITERATION_TTL, abs=2)
+
+    @pytest.mark.parametrize("fl_id", ["", "ü" * 300, "a:b,c", "\0\r\n*1", "{}"])
+    def test_any_name_will_do(self, open_five: Shared, fl_id: str) -> None:
+        assert open_five.select(fl_id) == (Selection.SELECTED, 1)
+        assert open_five.accept(fl_id) == (Acceptance.ACCEPTED, 1, META)
+        assert open_five.select(fl_id)[0] is Selection.UPLOADED
+
+
+class TestReservedPlaces:
+    """A client that was refused finds a place in the next iteration."""
+
+    def refuse(self, shared: Shared, *fl_ids: str, reserve_ms: int = 60_000) -> None:
+        """Fill iteration 5, let clients be refused, and open iteration 6."""
+        for i in range(3):
+            assert shared.select(f"early{i}")[0] is Selection.SELECTED
+        for fl_id in fl_ids:
+            assert shared.select(fl_id, reserve_ms=reserve_ms)[0] is Selection.FULL
+        assert shared.advance()
+
+    def waiting(self, shared: Shared) -> set[str]:
+        return {name.decode() for name in shared.command("ZRANGE", shared.state.keys.waiting, 0, -1)}
+
+    def test_others_only_get_what_is_not_reserved(self, open_five: Shared) -> None:
+        self.refuse(open_five, "late")
+        assert open_five.select("x", number=6)[0] is Selection.SELECTED
+        assert open_five.select("y", number=6)[0] is Selection.SELECTED
+        assert open_five.select("z", number=6)[0] is Selection.FULL
+        assert open_five.select("late", number=6) == (Selection.SELECTED, 3)
+        assert self.waiting(open_five) == {"z"}
+
+    def test_a_place_is_used_up_by_taking_it(self, open_five: Shared) -> None:
+        self.refuse(open_five, "late")
+        assert open_five.select("late", number=6)[0] is Selection.SELECTED
+        assert self.waiting(open_five) == set()
+        for fl_id in "xy":
+            assert open_five.select(fl_id, number=6)[0] is Selection.SELECTED
+
+    def test_no_more_are_reserved_than_there_are(self, open_five: Shared) -> None:
+        self.refuse(open_five, "l1", "l2", "l3", "l4")
+        assert self.waiting(open_five) == {"l1", "l2", "l3"}
+        assert open_five.select("l4", number=6)[0] is Selection.FULL
+        for fl_id in ("l1", "l2", "l3"):
+            assert open_five.select(fl_id, number=6)[0] is Selection.SELECTED
+
+    def test_a_second_refusal_keeps_the_place_longer(self, open_five: Shared) -> None:
+        self.refuse(open_five, "late", reserve_ms=1000)
+        score = float(open_five.command("ZSCORE", open_five.state.keys.waiting, "late"))
+        for fl_id in "xy":
+            open_five.select(fl_id, number=6)
+        open_five.set_status(iterationNum=5)  # where it is still full
+        assert open_five.select("late")[0] is Selection.FULL
+        assert float(open_five.command("ZSCORE", open_five.state.keys.waiting, "late")) > score + 1000
+
+    def test_a_place_not_taken_in_time_is_free_again(self, open_five: Shared) -> None:
+        self.refuse(open_five, "late", reserve_ms=0)
+        for fl_id in "xyz":
+            assert open_five.select(fl_id, number=6)[0] is Selection.SELECTED
+        assert open_five.select("late", number=6)[0] is Selection.FULL
+
+    def test_an_unfit_request_leaves_the_place_reserved(self, open_five: Shared) -> None:
+        self.refuse(open_five, "late")
+        assert open_five.select("late", number=6, fit=False)[0] is Selection.UNFIT
+        assert self.waiting(open_five) == {"late"}
+
+    @pytest.mark.parametrize("reserve_ms", [1, 60_000, 10 * ITERATION_TTL * 1000])
+    def test_the_list_expires_but_not_before_its_places(self, open_five: Shared, reserve_ms: int) -> None:
+        self.refuse(open_five, "late", reserve_ms=reserve_ms)
+        lifetime = open_five.command("PTTL", open_five.state.keys.waiting)
+        assert lifetime > 0
+        assert lifetime == pytest.approx(max(reserve_ms, ITERATION_TTL * 1000), abs=2000)
+
+
+class TestAccept:
+    @pytest.fixture
+    def ready(self, open_five: Shared) -> Shared:
+        """Three clients have places; two updates complete the iteration."""
+        for fl_id in "abc":
+            open_five.select(fl_id)
+        return open_five
+
+    def test_counts_and_tells_what_the_client_declared(self, ready: Shared) -> None:
+        assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
+        assert ready.accept("b", ledger_id="L2") == (Acceptance.ACCEPTED, 2, META)
+        assert ready.run(ready.state.uploads_by_ledger(5)) == {"L1": 1, "L2": 1}
+
+    def test_never_counts_beyond_the_quorum(self, open_five: Shared) -> None:
+        for i in range(50):
+            open_five.select(f"c{i}", places=50)
+        answers = open_five.together(
+            [open_five.accepting(f"c{i}", quorum=20, ledger_id=f"L{i % 3}") for i in range(50)]
+        )
+        accepted = [count for word, count, _ in answers if word is Acceptance.ACCEPTED]
+        assert sorted(accepted) == list(range(1, 21))
+        assert sum(word is Acceptance.FULL for word, _, _ in answers) == 30
+        assert open_five.read().iteration.uploaded == 20
+        assert sum(open_five.run(open_five.state.uploads_by_ledger(5)).values()) == 20
+
+    def test_one_client_counts_once_however_often_it_comes(self, ready: Shared) -> None:
+        answers = ready.together([ready.accepting("a") for _ in range(50)])
+        assert answers == [(Acceptance.ACCEPTED, 1, META)] * 50
+        assert ready.read().iteration.uploaded == 1
+
+    def test_a_repeat_to_another_ledger_is_no_second_update(self, ready: Shared) -> None:
+        ready.accept("a")
+        assert ready.accept("a", ledger_id="L2")[0] is Acceptance.REPEATED
+        assert ready.run(ready.state.uploads_by_ledger(5)) == {"L1": 1}
+
+    @pytest.mark.parametrize("phase", [Phase.SEALED, Phase.REDUCING, Phase.CANDIDATE])
+    def test_a_repeat_is_answered_in_every_phase(self, ready: Shared, phase: Phase) -> None:
+        """The reply may have been lost just before the seal."""
+        ready.accept("a")
+        ready.set_status(phase=phase.value)
+        assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
+        assert ready.accept("a", ledger_id="L2")[0] is Acceptance.REPEATED
+        assert ready.accept("b")[0] is Acceptance.FULL
+        assert ready.read().iteration.uploaded == 1
+
+    def test_a_repeat_after_the_iteration_is_still_known(self, ready: Shared) -> None:
+        ready.accept("a")
+        ready.advance()
+        assert ready.accept("a", number=6)[0] is Acceptance.REPEATED
+        assert ready.accept("a", number=6, ledger_id="L2")[0] is Acceptance.REPEATED
+        assert ready.accept("b", number=6)[0] is Acceptance.UNKNOWN_CLIENT
+        ready.select("b", number=6)
+        assert ready.accept("b", number=6)[0] is Acceptance.OTHER_ITERATION
+
+    def test_a_late_question_about_an_ended_iteration_is_not_accepted(self, ready: Shared) -> None:
+        """The first reply was lost; meanwhile the iteration ended, with or without this update."""
+        ready.accept("a")
+        ready.advance()
+        with pytest.raises(IterationMoved) as moved:
+            ready.accept("a")
+        assert moved.value.number == 6
+
+    def test_the_order_of_refusals_is_the_protocols(self, ready: Shared) -> None:
+        assert ready.accept("stranger", requested=4, fit=False)[0] is Acceptance.UNKNOWN_CLIENT
+        assert ready.accept("a", requested=4, fit=False)[0] is Acceptance.OTHER_ITERATION
+        assert ready.accept("a", requested=-1)[0] is Acceptance.OTHER_ITERATION
+        assert ready.accept("a", requested=4)[1] == 5  # the number for the text
+        assert ready.accept("a", fit=False)[0] is Acceptance.UNFIT
+        assert ready.read().iteration.uploaded == 0
+        ready.accept("b"), ready.accept("c")
+        assert ready.accept("stranger", requested=4, fit=False)[0] is Acceptance.FULL
+        assert ready.accept("a")[0] is Acceptance.FULL
+
+    def test_an_unfit_repeat_of_a_counted_update_is_a_repeat(self, ready: Shared) -> None:
+        ready.accept("a")
+        assert ready.accept("a", fit=False)[0] is Acceptance.ACCEPTED  # the intake knows what it holds
+
+    @elsewhere
+    def test_elsewhere_nothing_is_accepted(
+        self, ready: Shared, move: Callable[[Shared], object], number: int
+    ) -> None:
+        ready.accept("a")
+        move(ready)
+        for fl_id in "ab":
+            with pytest.raises(IterationMoved) as moved:
+                ready.accept(fl_id)
+            assert moved.value.number == number
+        ready.set_status(iterationNum=5, runningState=0)
+        assert ready.read().iteration.uploaded == 1
+
+    def test_in_another_attempt_nothing_is_accepted(self, ready: Shared) -> None:
+        ready.set_status(attempt=2)
+        with pytest.raises(IterationMoved):
+            ready.accept("a")
+        assert ready.accept("a", attempt=2)[0] is Acceptance.ACCEPTED
+
+    def test_without_a_status_the_caller_is_told(self, shared: Shared) -> None:
+        with pytest.raises(StateMissing):
+            shared.accept("a")
+        assert shared.names() == set()
+
+    def test_the_first_update_starts_the_clock_once(self, ready: Shared) -> None:
+        ready.accept("a")
+        began = ready.command("HGET", ready.state.keys.status, "firstUploadMs")
+        ready.accept("b")
+        assert ready.command("HGET", ready.state.keys.status, "firstUploadMs") == began
+        assert ready.ttl(ready.state.keys.uploads(5)) == pytest.approx(ITERATION_TTL, abs=2)
+
+
+class TestPhases:
+    def test_each_step_is_taken_once(self, open_five: Shared) -> None:
+        assert open_five.go(Phase.COLLECTING, Phase.SEALED)
+        assert not open_five.go(Phase.COLLECTING, Phase.SEALED)
+        assert open_five.go(Phase.SEALED, Phase.REDUCING, token="node-1")
+        assert not open_five.go(Phase.SEALED, Phase.REDUCING, token="node-2")
+        snapshot = open_five.read()
+        assert (snapshot.token, snapshot.iteration.phase) == ("node-1", Phase.REDUCING)
+        assert open_five.go(Phase.REDUCING, Phase.CANDIDATE, digest="d1")
+        assert open_five.read().iteration == Iteration(5, phase=Phase.CANDIDATE, digest="d1")
+
+    def test_of_many_only_one_wins(self, open_five: Shared) -> None:
+        works = [
+            open_five.state.set_phase(5, 1, Phase.COLLECTING, Phase.SEALED, {"token": f"n{i}"})
+            for i in range(50)
+        ]
+        won = open_five.together(works)
+        assert won.count(True) == 1
+        assert open_five.read().token == f"n{won.index(True)}"
+
+    @pytest.mark.parametrize(
+        "step",
+        [
+            {"number": 4},
+            {"number": 6},
+            {"attempt": 2},
+            {"before": Phase.SEALED},
+            {"before": Phase.CANDIDATE},
+        ],
+    )
+    def test_from_another_state_nothing_changes(self, open_five: Shared, step: dict[str, Any]) -> None:
+        before = open_five.status()
+        assert not open_five.go(**{"before": Phase.COLLECTING, "after": Phase.REDUCING, **step})
+        assert open_five.status() == before
+
+    @pytest.mark.parametrize("running", [1, 2, 3])
+    def test_a_job_that_does_not_run_stays_where_it_is(self, open_five: Shared, running: int) -> None:
+        open_five.set_status(runningState=running)
+        assert not open_five.go(Phase.COLLECTING, Phase.SEALED)
+
+    def test_without_a_status_nothing_is_written(self, shared: Shared) -> None:
+        assert not shared.go(Phase.COLLECTING, Phase.SEALED)
+        assert not shared.advance()
+        assert shared.names() == set()
+
+
+class TestAdvance:
+    @pytest.mark.parametrize("success", [True, False])
+    def test_opens_the_next_iteration(self, open_five: Shared, success: bool) -> None:
+        open_five.select("a")
+        open_five.accept("a")
+        open_five.go(Phase.COLLECTING, Phase.CANDIDATE, token="node-1", digest="d1")
+        open_five.command("EXPIRE", open_five.state.keys.status, 9)
+        assert open_five.advance(phase=Phase.CANDIDATE, success=success, result="why")
+        assert open_five.status() == {
+            "iterationNum": "6",
+            "lastIterationSuccess": "1" if success else "0",
+            "lastIterationResult": "why",
+            "runningState": "0",
+            "attempt": "1",
+            "phase": "collecting",
+        }
+        assert open_five.ttl(open_five.state.keys.status) == pytest.approx(JOB_TTL, abs=2)
+        for key in (open_five.state.keys.clients(5), open_five.state.keys.uploads(5)):
+            assert open_five.ttl(key) == pytest.approx(keys.RELEASE_TTL_S, abs=2)
+
+    def test_of_many_only_one_wins(self, open_five: Shared) -> None:
+        works = [
+            open_five.state.advance(
+                5, 1, success=False, result=f"{i}", finishes=False, phase=Phase.COLLECTING
+            )
+            for i in range(50)
+        ]
+        won = open_five.together(works)
+        assert won.count(True) == 1
+        snapshot = open_five.read()
+        assert (snapshot.iteration.number, snapshot.result) == (6, f"{won.index(True)}")
+
+    @pytest.mark.parametrize("other", [{"number": 4}, {"number": 6}, {"attempt": 2}])
+    def test_another_iteration_is_left_alone(self, open_five: Shared, other: dict[str, int]) -> None:
+        before = open_five.status()
+        assert not open_five.advance(**other)  # type: ignore[arg-type]
+        assert open_five.status() == before
+
+    @pytest.mark.parametrize("phase", [Phase.SEALED, Phase.REDUCING, Phase.CANDIDATE])
+    def test_a_clock_that_ran_out_elsewhere_does_not_end_a_sealed_iteration(
+        self, open_five: Shared, phase: Phase
+    ) -> None:
+        open_five.set_status(phase=phase.value)
+        before = open_five.status()
+        assert not open_five.advance(phase=Phase.COLLECTING, success=False)
+        assert open_five.status() == before
+        assert open_five.advance(phase=phase, success=False)
+
+    def test_the_last_one_finishes_the_job(self, open_five: Shared) -> None:
+        assert open_five.advance(finishes=True)
+        assert open_five.read().iteration == Iteration(6, running=RunningState.FINISH)
+
+    def test_a_disabled_job_stays_disabled(self, open_five: Shared) -> None:
+        open_five.set_status(runningState=1)
+        assert open_five.advance(success=False)
+        assert open_five.read().iteration == Iteration(6, running=RunningState.DISABLE)
+
+
+class TestNodes:
+    def test_the_living_are_listed_in_order(self, shared: Shared) -> None:
+        for node_id in ("b", "a", "c"):
+            shared.run(shared.state.heartbeat("server", node_id, f"10.0.0.1:{ord(node_id)}"))
+        shared.run(shared.state.heartbeat("worker", "w", "w"))
+        assert shared.run(shared.state.nodes("server")) == [
+            Node("a", "server", "10.0.0.1:97"),
+            Node("b", "server", "10.0.0.1:98"),
+            Node("c", "server", "10.0.0.1:99"),
+        ]
+        assert shared.run(shared.state.nodes("worker")) == [Node("w", "worker", "w")]
+
+    def test_a_heart_beats_for_ten_seconds(self, shared: Shared) -> None:
+        shared.create()
+        shared.run(shared.state.offer_hyper_parameters({"x": 1}))
+        shared.run(claim_instance(shared.redis, shared.state.keys.fl_name, "i_1", 100))
+        lasting = [
+            shared.state.keys.nodes("server"),
+            keys.instance_name(shared.state.keys.fl_name),
+            shared.state.keys.status,
+            shared.state.keys.hyper_params,
+        ]
+        for key in lasting[1:]:
+            shared.command("EXPIRE", key, 60)
+        shared.run(shared.state.heartbeat("server", "n", "addr"))
+        assert 9 <= shared.ttl(shared.state.keys.heartbeat("server", "n")) <= 10
+        for key in lasting:
+            assert shared.ttl(key) == pytest.approx(JOB_TTL, abs=2)
+
+    def test_the_dead_are_forgotten(self, shared: Shared) -> None:
+        for node_id in "ab":
+            shared.run(shared.state.heartbeat("server", node_id, "addr"))
+        shared.command("PEXPIRE", shared.state.keys.heartbeat("server", "a"), 0)  # as after ten seconds
+        assert [node.node_id for node in shared.run(shared.state.nodes("server"))] == ["b"]
+        assert shared.command("HKEYS", shared.state.keys.nodes("server")) == [b"b"]
+        shared.run(shared.state.heartbeat("server", "a", "addr2"))
+        assert [node.node_id for node in shared.run(shared.state.nodes("server"))] == ["a", "b"]
+
+    def test_who_leaves_is_gone_at_once(self, shared: Shared) -> None:
+        shared.run(shared.state.heartbeat("server", "a", "addr"))
+        shared.run(shared.state.leave("server", "a"))
+        assert shared.run(shared.state.nodes("server")) == []
+        assert shared.names() == set()
+
+    def test_real_node_ids(self, shared: Shared) -> None:
+        node_id = "127.0.0.1:6766::2022-11-22-10:00:00.001.002::69383"
+        shared.run(shared.state.heartbeat("server", node_id, "127.0.0.1:6766"))
+        assert shared.run(shared.state.nodes("server")) == [Node(node_id, "server", "127.0.0.1:6766")]
+
+
+class TestJob:
+    def test_the_first_server_names_the_instance(self, shared: Shared) -> None:
+        job = shared.state.keys.fl_name
+        assert shared.run(current_instance(shared.redis, job)) is None
+        names = shared.together([claim_instance(shared.redis, job, f"i_{i}", 77) for i in range(50)])
+        assert len(set(names)) == 1
+        assert shared.run(current_instance(shared.redis, job)) == names[0]
+        assert shared.ttl(keys.instance_name(job)) == pytest.approx(77, abs=2)
+
+    def test_the_first_server_names_the_hyper_parameters(self, shared: Shared) -> None:
+        assert shared.run(shared.state.hyper_parameters()) is None
+        shared.run(shared.state.offer_hyper_parameters({"b": 0.1, "a": "ü"}))
+        shared.run(shared.state.offer_hyper_parameters({"b": 2}))
+        assert shared.run(shared.state.hyper_parameters()) == {"a": "ü", "b": 0.1}
+        assert shared.ttl(shared.state.keys.hyper_params) == pytest.approx(JOB_TTL, abs=2)
+
+    def test_every_key_is_one_of_the_documented(self, shared: Shared) -> None:
+        job = shared.state.keys.fl_name
+        shared.run(claim_instance(shared.redis, job, "i_1", 100))
+        shared.create()
+        shared.run(shared.state.offer_hyper_parameters({}))
+        shared.run(shared.state.heartbeat("server", "n", "addr"))
+        shared.run(shared.state.heartbeat("worker", "w", "w"))
+        shared.select("a", places=1)
+        shared.select("b", places=1)
+        shared.accept("a")
+        assert shared.names() == {
+            f"ms_fl:{job}:InstanceName:String",
+            f"ms_fl:{job}:i_1:status:Hash",
+            f"ms_fl:{job}:i_1:hyperParams:String",
+            f"ms_fl:{job}:i_1:server:Hash",
+            f"ms_fl:{job}:i_1:server:heartbeat:n:String",
+            f"ms_fl:{job}:i_1:worker:Hash",
+            f"ms_fl:{job}:i_1:worker:heartbeat:w:String",
+            f"ms_fl:{job}:i_1:waiting:ZSet",
+            f"ms_fl:{job}:i_1:5:clients:Hash",
+            f"ms_fl:{job}:i_1:5:uploads:Hash",
+        }
+
+    def test_no_key_stays_for_ever(self, shared: Shared) -> None:
+        self.test_every_key_is_one_of_the_documented(shared)
+        assert [name for name in shared.names() if shared.ttl(name) < 0] == []
+
+
+# ---- the connection
+
+
+class TestConnection:
+    def test_a_redis_that_is_not_there_is_said_at_once(
+        self, loop: ReactorThread, own_server: PrivateRedis
+    ) -> None:
+        own_server.stop(keep=False)
+        errors: list[str] = []
+        with redis_client(loop, own_server.port, errors=errors) as redis:
+            with pytest.raises(StoreUnavailable, match=f"127.0.0.1:{own_server.port}"):
+                loop.run(redis.command("PING"))
+            assert not redis.available
+            assert errors == ["failed"]
+            own_server.start()
+            loop.run(redis.connected())
+            assert redis.available
+            assert loop.run(redis.command("PING")) == "PONG"
+
+    def test_data_survive_a_restart(self, loop: ReactorThread, own_server: PrivateRedis) -> None:
+        with redis_client(loop, own_server.port) as redis:
+            loop.run(redis.connected())
+            shared = fresh(loop, redis)
+            shared.create()
+            shared.select("a")
+            shared.accept("a")
+            shared.go(Phase.COLLECTING, Phase.SEALED)
+            before = shared.read()
+            own_server.restart(keep=True)
+            with pytest.raises(StoreUnavailable):
+                while True:  # the loss of the connection may not have been noticed yet
+                    shared.read()
+            loop.run(redis.connected())
+            after = shared.read()
+            assert (
+                after.iteration == before.iteration == Iteration(5, 1, Phase.SEALED, selected=1, uploaded=1)
+            )
+            assert after.started_ago >= before.started_ago
+            assert shared.accept("a") == (Acceptance.ACCEPTED, 1, META)
+
+    def test_lost_data_are_noticed_as_lost(self, loop: ReactorThread, own_server: PrivateRedis) -> None:
+        with redis_client(loop, own_server.port) as redis:
+            loop.run(redis.connected())
+            shared = fresh(loop, redis)
+            shared.create()
+            shared.select("a")
+            own_server.stop(keep=False)
+            self.wait_for_loss(loop, redis)
+            own_server.start()
+            loop.run(redis.connected())
+            assert shared.read() is None
+            with pytest.raises(StateMissing):
+                shared.accept("a")
+            assert shared.create(6)
+            assert shared.read().iteration == Iteration(6)
+
+    def test_forgotten_scripts_are_sent_again(self, loop: ReactorThread, own_server: PrivateRedis) -> None:
+        with redis_client(loop, own_server.port) as redis:
+            loop.run(redis.connected())
+            shared = fresh(loop, redis)
+            shared.create()
+            assert shared.select("a") == (Selection.SELECTED, 1)
+            shared.command("SCRIPT", "FLUSH")
+            assert shared.select("b") == (Selection.SELECTED, 2)
+            assert shared.select("c") == (Selection.SELECTED, 3)
+
+    def test_a_paused_redis_is_given_up_after_the_reply_time_out(
+        self, loop: ReactorThread, own_server: PrivateRedis
+    ) -> None:
+        errors: list[str] = []
+        with redis_client(loop, own_server.port, reply_timeout=0.3, errors=errors) as redis:
+            loop.run(redis.connected())
+            shared = fresh(loop, redis)
+            shared.create()
+            with own_server.paused():
+                for failure in self.outcomes(loop, [shared.state.read() for _ in range(20)]):
+                    assert isinstance(failure, StoreUnavailable)
+                assert len(errors) == 20
+                assert not redis.available
+            loop.run(redis.connected())
+            assert shared.read().iteration == Iteration(5)
+
+    def test_who_asks_until_it_is_answered_does_not_block_the_reactor(
+        self, loop: ReactorThread, own_server: PrivateRedis
+    ) -> None:
+        """A repeat must wait for a new connection, not go down the one that has just timed out."""
+        with redis_client(loop, own_server.port, reply_timeout=0.3) as redis:
+            loop.run(redis.connected())
+            shared = fresh(loop, redis)
+            shared.create()
+            shared.select("a")
+            asked: list[None] = []
+
+            async def persist() -> Any:
+                while True:
+                    asked.append(None)
+                    try:
+                        return await shared.accepting("a")
+                    except StoreUnavailable:
+                        await redis.connected()
+
+            with own_server.paused():
+                pending = loop.run(self.begin(*(persist() for _ in range(10))))
+                failures = self.outcomes(loop, [redis.command("PING")])
+                assert isinstance(failures[0], StoreUnavailable)
+                assert len(asked) <= 20
+            answers = loop.call(lambda: defer.gatherResults(pending))
+            assert answers == [(Acceptance.ACCEPTED, 1, META)] * 10
+
+    def test_a_paused_redis_is_not_taken_for_connected(
+        self, loop: ReactorThread, own_server: PrivateRedis
+    ) -> None:
+        """The kernel accepts connections in the name of a process that stands still."""
+        third: defer.Deferred[None] = defer.Deferred()
+        attempts = iter([lambda: None, lambda: None, lambda: third.callback(None)])
+        with (
+            own_server.paused(),
+            redis_client(
+                loop, own_server.port, reply_timeout=0.2, on_attempt=lambda: next(attempts, lambda: None)()
+            ) as redis,
+        ):
+            (connected,) = loop.run(self.begin(redis.connected()))
+            loop.call(lambda: third)  # two connections have come and gone
+            assert not redis.available
+            assert not connected.called
+
+    def test_a_connection_cut_in_a_burst(self, loop: ReactorThread, own_server: PrivateRedis) -> None:
+        errors: list[str] = []
+        with redis_client(loop, own_server.port, errors=errors) as redis:
+            loop.run(redis.connected())
+            shared = fresh(loop, redis)
+            burst = [redis.command("INCR", "n") for _ in range(100)]
+            burst.append(redis.command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "no"))
+            burst += [redis.command("INCR", "n") for _ in range(100)]
+            outcomes = self.outcomes(loop, burst)
+            assert outcomes[:100] == list(range(1, 101))
+            assert all(isinstance(outcome, StoreUnavailable) for outcome in outcomes[101:])
+            assert len(errors) >= 100
+            loop.run(redis.connected())
+            assert shared.command("GET", "n") == b"100"
+
+    def test_an_error_of_redis_is_one_of_ours_and_harms_nobody_else(self, shared: Shared) -> None:
+        shared.command("SET", shared.state.keys.status, "no hash", "EX", 60)
+        with pytest.raises(StoreUnavailable, match="WRONGTYPE"):
+            shared.select("a")
+        assert shared.redis.available
+        assert shared.command("PING") == "PONG"
+
+    def test_stopping_ends_what_is_under_way(self, loop: ReactorThread, own_server: PrivateRedis) -> None:
+        with redis_client(loop, own_server.port) as redis:
+            loop.run(redis.connected())
+            with own_server.paused():
+                (pending,) = loop.run(self.begin(redis.command("PING")))
+                loop.call(redis.stopService)
+                with pytest.raises(StoreUnavailable):
+                    loop.call(lambda: pending)
+            assert not redis.available
+
+    # ---- helpers
+
+    @staticmethod
+    async def begin(*works: Coroutine[Any, Any, Any]) -> list[defer.Deferred[Any]]:
+        """Start all; what becomes of them is up to the test."""
+        return [defer.Deferred.fromCoroutine(work) for work in works]
+
+    @staticmethod
+    def outcomes(loop: ReactorThread, works: list[Coroutine[Any, Any, Any]]) -> list[Any]:
+        """Start all at once; return results and exceptions."""
+
+        async def gather() -> list[Any]:
+            all_done = defer.DeferredList(
+                [defer.Deferred.fromCoroutine(work) for work in works], consumeErrors=True
+            )
+            return [result if success else result.value for success, result in await all_done]
+
+        return loop.run(gather())
+
+    @staticmethod
+    def wait_for_loss(loop: ReactorThread, redis: Redis) -> None:
+        """Wait until the adapter knows that its connection is gone."""
+
+        async def ask_until_refused() -> None:
+            try:
+                while True:
+                    await redis.command("PING")
+            except StoreUnavailable:
+                return
+
+        loop.run(ask_until_refused())
