@@ -109,6 +109,5 @@ def test_the_tour(shell: Shell) -> None:
         else:
             printed = shell.type(command)
             assert as_printed(printed, expected) or not shown, printed
-    metric = next(command for command, _ in commands if "fl_iteration" in command)
-    wait_until(lambda: int(float(shell.type(metric)[0].split()[1])) >= 3, "the devices train", 60)
-    assert list((shell.run / "fl_ckpt").glob("lenet_recovery_iteration_*.safetensors"))
+    models = shell.run / "fl_ckpt"
+    wait_until(lambda: list(models.glob("lenet_recovery_iteration_*.safetensors")), "the devices train", 80)
