@@ -21,6 +21,7 @@ from fedcore.store.cluster_state import (
     ClusterState,
     IterationMoved,
     Node,
+    Reserve,
     StateMissing,
     claim_instance,
     current_instance,
@@ -30,6 +31,8 @@ from fedcore.store.redis import Redis
 WINDOW_MS = 300_999  # of the whole iteration; lifetimes follow from its whole seconds
 JOB_TTL, ITERATION_TTL = 300 + 604_800, 300 + 1_800
 META = ClientMeta(120, 7, 1_700_000_000_123)
+SOON = Reserve(60_000, 120_000, 5_000)  # told to return in a minute, and kept a place from now on
+LATER = Reserve(60_000, 1_000, 5_000)  # kept a place only from one second before
 _numbers = itertools.count(1)
 
 
@@ -62,9 +65,9 @@ class Shared:
         return self.run(self.state.read())
 
     def selecting(
-        self, fl_id: str, number: int = 5, places: int = 3, fit: bool = True, reserve_ms: int = 60_000
+        self, fl_id: str, number: int = 5, places: int = 3, fit: bool = True, reserve: Reserve = SOON
     ) -> Coroutine[Any, Any, tuple[Selection, int]]:
-        return self.state.select_client(number, fl_id, META, places=places, fit=fit, reserve_ms=reserve_ms)
+        return self.state.select_client(number, fl_id, META, places=places, fit=fit, reserve=reserve)
 
     def select(self, fl_id: str, **given: Any) -> tuple[Selection, int]:
         return self.run(self.selecting(fl_id, **given))  # type: ignore[no-any-return]
@@ -235,7 +238,7 @@ class TestSelect:
     def test_a_repeat_keeps_what_was_declared_first(self, open_five: Shared) -> None:
         open_five.select("a")
         other = replace(META, data_size=1)
-        answer = open_five.run(open_five.state.select_client(5, "a", other, places=3, fit=True, reserve_ms=1))
+        answer = open_five.run(open_five.state.select_client(5, "a", other, places=3, fit=True, reserve=SOON))
         assert answer[0] is Selection.KNOWN
         assert open_five.accept("a")[2] == META
 
@@ -304,18 +307,21 @@ class TestSelect:
 
 
 class TestReservedPlaces:
-    """A client that was refused finds a place in the next iteration."""
+    """A client that was refused finds a place around the time for which it was told to return."""
 
-    def refuse(self, shared: Shared, *fl_ids: str, reserve_ms: int = 60_000) -> None:
+    def refuse(self, shared: Shared, *fl_ids: str, reserve: Reserve = SOON) -> None:
         """Fill iteration 5, let clients be refused, and open iteration 6."""
         for i in range(3):
             assert shared.select(f"early{i}")[0] is Selection.SELECTED
         for fl_id in fl_ids:
-            assert shared.select(fl_id, reserve_ms=reserve_ms)[0] is Selection.FULL
+            assert shared.select(fl_id, reserve=reserve)[0] is Selection.FULL
         assert shared.advance()
 
     def waiting(self, shared: Shared) -> set[str]:
         return {name.decode() for name in shared.command("ZRANGE", shared.state.keys.waiting, 0, -1)}
+
+    def returns(self, shared: Shared, fl_id: str) -> float:
+        return float(shared.command("ZSCORE", shared.state.keys.waiting, fl_id))
 
     def test_others_only_get_what_is_not_reserved(self, open_five: Shared) -> None:
         self.refuse(open_five, "late")
@@ -325,12 +331,29 @@ class TestReservedPlaces:
         assert open_five.select("late", number=6) == (Selection.SELECTED, 3)
         assert self.waiting(open_five) == {"z"}
 
+    def test_of_many_others_none_gets_a_reserved_place(self, open_five: Shared) -> None:
+        self.refuse(open_five, "late")
+        others = [open_five.selecting(f"c{i}", number=6) for i in range(50)]
+        words = [word for word, _ in open_five.together(others)]
+        assert (words.count(Selection.SELECTED), words.count(Selection.FULL)) == (2, 48)
+        assert open_five.select("late", number=6)[0] is Selection.SELECTED
+
+    def test_until_shortly_before_its_return_others_may_have_the_place(self, open_five: Shared) -> None:
+        self.refuse(open_five, "late", reserve=LATER)
+        for fl_id in "xyz":
+            assert open_five.select(fl_id, number=6, reserve=LATER)[0] is Selection.SELECTED
+        assert open_five.select("late", number=6, reserve=LATER)[0] is Selection.RESERVED
+
     def test_a_place_is_used_up_by_taking_it(self, open_five: Shared) -> None:
         self.refuse(open_five, "late")
         assert open_five.select("late", number=6)[0] is Selection.SELECTED
         assert self.waiting(open_five) == set()
         for fl_id in "xy":
             assert open_five.select(fl_id, number=6)[0] is Selection.SELECTED
+
+    def test_who_comes_before_its_time_is_served(self, open_five: Shared) -> None:
+        self.refuse(open_five, "late", reserve=LATER)
+        assert open_five.select("late", number=6, reserve=LATER) == (Selection.SELECTED, 1)
 
     def test_no_more_are_reserved_than_there_are(self, open_five: Shared) -> None:
         self.refuse(open_five, "l1", "l2", "l3", "l4")
@@ -339,32 +362,37 @@ class TestReservedPlaces:
         for fl_id in ("l1", "l2", "l3"):
             assert open_five.select(fl_id, number=6)[0] is Selection.SELECTED
 
-    def test_a_second_refusal_keeps_the_place_longer(self, open_five: Shared) -> None:
-        self.refuse(open_five, "late", reserve_ms=1000)
-        score = float(open_five.command("ZSCORE", open_five.state.keys.waiting, "late"))
-        for fl_id in "xy":
-            open_five.select(fl_id, number=6)
-        open_five.set_status(iterationNum=5)  # where it is still full
-        assert open_five.select("late")[0] is Selection.FULL
-        assert float(open_five.command("ZSCORE", open_five.state.keys.waiting, "late")) > score + 1000
+    def test_a_second_refusal_is_told_apart_and_keeps_the_place_longer(self, open_five: Shared) -> None:
+        assert [open_five.select(fl_id)[0] for fl_id in "abc"] == [Selection.SELECTED] * 3
+        assert open_five.select("late", reserve=Reserve(1_000, 0, 5_000))[0] is Selection.FULL
+        first = self.returns(open_five, "late")
+        assert open_five.select("late", reserve=Reserve(9_000, 0, 5_000))[0] is Selection.RESERVED
+        assert self.returns(open_five, "late") >= first + 8_000
 
     def test_a_place_not_taken_in_time_is_free_again(self, open_five: Shared) -> None:
-        self.refuse(open_five, "late", reserve_ms=0)
+        over = Reserve(0, 0, 0)
+        self.refuse(open_five, "late", reserve=over)
         for fl_id in "xyz":
-            assert open_five.select(fl_id, number=6)[0] is Selection.SELECTED
-        assert open_five.select("late", number=6)[0] is Selection.FULL
+            assert open_five.select(fl_id, number=6, reserve=over)[0] is Selection.SELECTED
+        assert open_five.select("late", number=6, reserve=over)[0] is Selection.FULL
+
+    def test_a_little_lateness_is_forgiven(self, open_five: Shared) -> None:
+        self.refuse(open_five, "late", reserve=Reserve(0, 0, 60_000))
+        for fl_id, word in (("x", Selection.SELECTED), ("y", Selection.SELECTED), ("z", Selection.FULL)):
+            assert open_five.select(fl_id, number=6, reserve=Reserve(0, 0, 60_000))[0] is word
+        assert open_five.select("late", number=6)[0] is Selection.SELECTED
 
     def test_an_unfit_request_leaves_the_place_reserved(self, open_five: Shared) -> None:
         self.refuse(open_five, "late")
         assert open_five.select("late", number=6, fit=False)[0] is Selection.UNFIT
         assert self.waiting(open_five) == {"late"}
 
-    @pytest.mark.parametrize("reserve_ms", [1, 60_000, 10 * ITERATION_TTL * 1000])
-    def test_the_list_expires_but_not_before_its_places(self, open_five: Shared, reserve_ms: int) -> None:
-        self.refuse(open_five, "late", reserve_ms=reserve_ms)
-        lifetime = open_five.command("PTTL", open_five.state.keys.waiting)
-        assert lifetime > 0
-        assert lifetime == pytest.approx(max(reserve_ms, ITERATION_TTL * 1000), abs=2000)
+    def test_the_list_expires_with_its_last_place(self, open_five: Shared) -> None:
+        for returns, expected in ((5_000, 6_000), (90_000, 91_000), (7_000, 91_000)):
+            for i in range(4):
+                open_five.select(f"c{i}", reserve=Reserve(returns, 0, 1_000))
+            lifetime = open_five.command("PTTL", open_five.state.keys.waiting)
+            assert lifetime == pytest.approx(expected, abs=2_000)
 
 
 class TestAccept:
@@ -788,12 +816,15 @@ class TestConnection:
     ) -> None:
         """The kernel accepts connections in the name of a process that stands still."""
         third: defer.Deferred[None] = defer.Deferred()
-        attempts = iter([lambda: None, lambda: None, lambda: third.callback(None)])
+        attempts = itertools.count(1)
+
+        def attempted() -> None:
+            if next(attempts) == 3:
+                third.callback(None)
+
         with (
             own_server.paused(),
-            redis_client(
-                loop, own_server.port, reply_timeout=0.2, on_attempt=lambda: next(attempts, lambda: None)()
-            ) as redis,
+            redis_client(loop, own_server.port, reply_timeout=0.2, on_attempt=attempted) as redis,
         ):
             (connected,) = loop.run(self.begin(redis.connected()))
             loop.call(lambda: third)  # two connections have come and gone

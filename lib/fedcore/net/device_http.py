@@ -31,7 +31,7 @@ from fedcore.net.direct_io import DirectIO, unacknowledged
 from fedcore.net.http_head import ChunkedBody, HeadFault, RequestHead, parse_head
 
 MAX_HEAD = 16_384  # bytes; nginx, Apache and Node.js allow 8 to 16 KiB
-WRITE_SIZE = 65_536  # bytes handed to the transport at a time
+WRITE_SIZE = 16_384  # bytes handed to the transport at a time, which copies them; a record of TLS
 LINGER_S = 30.0  # as nginx: how long a refused peer may go on sending
 LINGER_BYTES = 64 << 20  # and how much
 SWEEP_S = 1.0  # how often deadlines are looked at, and so their precision
@@ -223,11 +223,11 @@ class DeviceProtocol(protocol.Protocol):
 
     def dataReceived(self, data: bytes) -> None:
         match self._stage:
-            case Stage.BODY:
-                self._take_body(data) if self._chunks is None else self._take_chunks(self._chunks, data)
             case Stage.IDLE | Stage.HEAD:
                 self._pending = self._pending + data if self._pending else data
                 self._take_head()
+            case Stage.BODY:
+                self._take_body(data) if self._chunks is None else self._take_chunks(self._chunks, data)
             case Stage.LINGER:
                 self.filled(len(data))
             case Stage.ROOM | Stage.ANSWER | Stage.SEND | Stage.TURN:
@@ -475,6 +475,7 @@ class DeviceProtocol(protocol.Protocol):
     def close(self) -> None:
         """Close once everything written has been read."""
         self._enter(Stage.CLOSED, self.site.limits.body_timeout)
+        self._checked = self._taken
         self.transport.unregisterProducer()
         self.transport.loseConnection()
 
@@ -515,7 +516,7 @@ class DeviceProtocol(protocol.Protocol):
                 if not self._fast_enough(self._received):
                     self._drop_sink()
                     self._refuse(text_response(408, "The request body arrives too slowly."))
-            case Stage.SEND:
+            case Stage.SEND | Stage.CLOSED:
                 if not self._fast_enough(self._taken):
                     self.abort()
             case _:

@@ -90,9 +90,16 @@ class DirectIO:
 
 
 def unacknowledged(transport: Any) -> int:
-    """Return how many bytes the kernel still holds that the peer's has not taken, 0 if it cannot tell."""
+    """Return how many of the bytes written to a connection its peer's side has not taken yet.
+
+    They lie in Twisted's buffers and in the kernel's; the latter count as none where the kernel cannot tell.
+
+    Args:
+        transport: of a TCP connection, or TLS over one.
+    """
+    buffered = len(transport.dataBuffer) - transport.offset + transport._tempDataLen
     try:
         answer = fcntl.ioctl(transport.fileno(), termios.TIOCOUTQ, bytes(4))
     except (OSError, ValueError):
-        return 0
-    return int(struct.unpack("i", answer)[0])
+        return int(buffered)
+    return int(buffered + struct.unpack("i", answer)[0])

@@ -8,6 +8,7 @@ decided here: versions, methods, transfer codings, paths, and how much wrapping 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import unquote_to_bytes
 
 import httptools
@@ -20,7 +21,7 @@ CHUNK_SLACK = 16_384  # bytes of wrapping allowed beyond that: extensions, trail
 _CHUNKS_FOLLOW = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-@dataclass(slots=True)  # not frozen: that would cost as much as the parser
+@dataclass(frozen=True, slots=True)
 class RequestHead:
     """What the head of a request says.
 
@@ -49,8 +50,12 @@ class HeadFault:
     text: str
 
 
+@lru_cache(maxsize=512)
 def parse_head(data: bytes) -> RequestHead | HeadFault:
-    """Read a head, from its first line to the empty line that ends it."""
+    """Read a head, from its first line to the empty line that ends it.
+
+    The devices of one job send the same few heads again and again, byte for byte: most are read once.
+    """
     fields = _Fields()
     fields.parser = parser = httptools.HttpRequestParser(fields)
     try:

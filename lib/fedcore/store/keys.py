@@ -7,7 +7,7 @@
     P server:Hash                                   hash    job        node id -> ip:port; each server
     P server:heartbeat:{node}:String                string  10 s       ip:port; each server, every second
     P worker:Hash, P worker:heartbeat:{id}:String   as server           each worker
-    P waiting:ZSet                                  zset    job        refused fl_id -> end of its reserved place (ms)
+    P waiting:ZSet                                  zset    as needed  refused fl_id -> when it is told to return (ms)
     I clients:Hash                                  hash    iteration  fl_id -> "data_size,eval_data_size,start_ms"
     I uploads:Hash                                  hash    iteration  fl_id -> id of the ledger that holds the update
 

@@ -26,7 +26,8 @@ local expected = redis.call('ZCOUNT', KEYS[4], '-inf', now + ARGV[8])
 if count >= places or (not mine and count + expected >= places) then
   if mine or redis.call('ZCARD', KEYS[4]) < places then
     redis.call('ZADD', KEYS[4], now + ARGV[7], ARGV[2])
-    redis.call('PEXPIRE', KEYS[4], ARGV[7] + ARGV[6] * 1000)
+    local lifetime = ARGV[7] + ARGV[9]
+    if redis.call('PTTL', KEYS[4]) < lifetime then redis.call('PEXPIRE', KEYS[4], lifetime) end
   end
   return {mine and 'reserved' or 'full', count}
 end

@@ -1,0 +1,42 @@
+# The words of this project. `make demo` and `make test` do all their set-up themselves, in .venv.
+#
+#   ARGS      more arguments for fl demo or pytest:  make demo ARGS="--devices 20 --json run.json"
+#   TORCH=1   train with torch:                      make demo TORCH=1
+#   PYTHON    interpreter to make .venv with:        make demo PYTHON=python3.12
+
+BIN := .venv/bin
+INSTALL := @requirements/install.sh
+TESTERS ?= 2
+
+.PHONY: help demo test lint bench lock clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+demo: ## a federation of eleven processes learns to read handwriting
+	$(INSTALL) demo.lock $(if $(TORCH),torch.txt)
+	@$(BIN)/python -m fedctl demo $(if $(TORCH),--torch) $(ARGS)
+
+test: ## all tests
+	$(INSTALL) dev.lock torch.txt
+	@$(BIN)/python -m pytest -n $(TESTERS) --dist loadgroup $(ARGS)
+
+lint: ## style, format, types, direction of imports
+	$(INSTALL) dev.lock torch.txt
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+bench: ## the measurements of docs/PERFORMANCE.md that need no second machine
+	$(INSTALL) dev.lock
+	@for file in bench/*.py; do $(BIN)/python $$file $(ARGS) || exit; done
+
+lock: ## choose the versions anew that demo and test install:  make lock ARGS=--upgrade
+	$(INSTALL) dev.lock
+	@requirements/lock.sh $(ARGS)
+
+clean: ## remove all that make has made
+	rm -rf .venv build dist demo-run lib/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+		.import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,206 @@
+"""What the reader of a demo sees: a live table and a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Protocol
+
+import click
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedctl.demo.plan import Addresses, Plan
+from fedctl.demo.report import DeviceRecord, IterationRecord, Report
+
+_ROWS_BESIDE_TABLE = 8  # head and frame of the table, the bar, and a line to spare
+
+
+class View(Protocol):
+    """One way to show a run; used as a context while the training lasts."""
+
+    def __enter__(self) -> View: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+    def say(self, sentence: str) -> None:
+        """Tell a step."""
+        ...
+
+    def tick(self, iteration: int, clients: int) -> None:
+        """Show how far the current iteration is."""
+        ...
+
+    def record(self, record: IterationRecord) -> None:
+        """Show an iteration that has ended."""
+        ...
+
+    def summarise(self, report: Report) -> None:
+        """Show what came of it."""
+        ...
+
+
+def view_for(plan: Plan) -> View:
+    """Return the live view on a terminal, the plain one elsewhere."""
+    console = Console(highlight=False)
+    return (
+        TerminalView(plan, console)
+        if console.is_terminal and not console.is_dumb_terminal
+        else PlainView(plan)
+    )
+
+
+class PlainView:
+    """A line per step and iteration, for pipes and files."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def __enter__(self) -> View:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Nothing is open."""
+
+    def say(self, sentence: str) -> None:
+        click.echo(sentence)
+
+    def tick(self, iteration: int, clients: int) -> None:
+        """Plain lines tell of ended iterations only."""
+
+    def record(self, record: IterationRecord) -> None:
+        number = f"{record.number:{len(str(self._plan.iterations))}}/{self._plan.iterations}"
+        click.echo(
+            f"iteration {number}   loss {record.loss:7.4f}   accuracy {record.accuracy:6.1%}"
+            f"   clients {record.clients}   {record.seconds:6.2f} s"
+        )
+
+    def summarise(self, report: Report) -> None:
+        for device in report.devices:
+            click.echo(
+                f"{device.name:10} {sum(device.samples.values()):6} samples, mostly {favourites(device.samples)}; "
+                f"{device.iterations} iterations; accuracy on its own samples {_share(device.accuracy)}"
+            )
+        for line in totals(report):
+            click.echo(line)
+
+
+class TerminalView:
+    """A table that grows and a bar that moves."""
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        self._plan = plan
+        self._console = console
+        self._records: list[IterationRecord] = []
+        self._bar = Progress(
+            TextColumn("iteration {task.fields[iteration]} of {task.fields[last]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[clients]} of {task.fields[devices]} devices"),
+            TimeElapsedColumn(),
+            console=console,
+            auto_refresh=False,
+            expand=True,
+        )
+        self._task: TaskID | None = None
+        self._live = Live(console=console, auto_refresh=False)
+
+    def __enter__(self) -> View:
+        steps = self._plan.iterations * self._plan.devices
+        fields = {"iteration": 1, "clients": 0, "last": self._plan.iterations, "devices": self._plan.devices}
+        self._task = self._bar.add_task("", total=steps, **fields)  # type: ignore[arg-type]
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._live.update(self._table(self._records))  # all of it stays on the screen
+        self._live.stop()
+
+    def say(self, sentence: str) -> None:
+        self._console.print(sentence)
+
+    def tick(self, iteration: int, clients: int) -> None:
+        assert self._task is not None
+        last, devices = self._plan.iterations, self._plan.devices
+        if iteration > last:
+            iteration, clients = last, devices
+        done = (iteration - 1) * devices + clients
+        self._bar.update(self._task, completed=done, iteration=iteration, clients=clients)
+        room = max(1, self._console.height - _ROWS_BESIDE_TABLE)
+        self._live.update(Group(self._table(self._records[-room:]), self._bar), refresh=True)
+
+    def record(self, record: IterationRecord) -> None:
+        self._records.append(record)
+
+    def summarise(self, report: Report) -> None:
+        table = Table("device", title="who did what", title_justify="left")
+        for column in ("samples", "mostly", "iterations", "last loss", "accuracy on its own samples"):
+            table.add_column(column, justify="left" if column == "mostly" else "right")
+        for device in report.devices:
+            table.add_row(*_device_row(device))
+        self._console.print(table)
+        for line in totals(report):
+            self._console.print(line)
+
+    def _table(self, records: list[IterationRecord]) -> Table:
+        table = Table()
+        for column in ("iteration", "loss", "accuracy", "clients", "seconds"):
+            table.add_column(column, justify="right")
+        for record in records:
+            table.add_row(
+                str(record.number),
+                f"{record.loss:.4f}",
+                f"{record.accuracy:.1%}",
+                str(record.clients),
+                f"{record.seconds:.2f}",
+            )
+        return table
+
+
+def _device_row(device: DeviceRecord) -> tuple[str, ...]:
+    return (
+        device.name,
+        str(sum(device.samples.values())),
+        favourites(device.samples),
+        str(device.iterations),
+        "-" if device.loss is None else f"{device.loss:.4f}",
+        _share(device.accuracy),
+    )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def favourites(samples: Mapping[int, int]) -> str:
+    """Name the two classes that a device has most of."""
+    most = sorted(samples, key=lambda label: -samples[label])[:2]
+    return " and ".join(str(label) for label in most if samples[label])
+
+
+def totals(report: Report) -> list[str]:
+    """Say in a few lines what came of it."""
+    last = report.iterations[-1]
+    return [
+        f"test accuracy {last.accuracy:.1%} on {report.test_samples} images that no device has seen, "
+        f"after {last.number} iterations",
+        f"{report.seconds:.1f} s in all, {report.training_seconds:.1f} s of training, "
+        f"{report.updates} updates, {report.updates_per_second:.1f} updates/s",
+    ]
+
+
+def commands_to_look_around(addresses: Addresses) -> list[str]:
+    """Return what to type beside a running demo."""
+    return [
+        f"fl state --scheduler http://{addresses.scheduler}",
+        f"curl http://{addresses.scheduler}/state",
+        f"curl http://{addresses.server_admin}/readyz",
+        f"curl http://{addresses.server_admin}/metrics",
+    ]

@@ -1,0 +1,351 @@
+"""The parts of ``fl demo`` that need no process."""
+
+import io
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from fedcore.config import Role, load_settings
+from fedcore.errors import ConfigError
+from fedcore.models.formats import read_model
+from fedctl.demo import command, plan, report, view
+from fedctl.demo.cluster import Progress, progress_of, read_metrics, read_reports
+from fedctl.demo.command import Stopped, run_directory, stopping_on_signals, train
+from fedctl.demo.plan import Addresses, Plan
+from fedctl.demo.report import DeviceRecord, Examiner, IterationRecord, Report
+from fedctl.processes import ChildFailed
+from fedexamples import datasets, lenet
+
+PLAN = Plan("digits", devices=2, iterations=3, seed=1, alpha=0.5, torch=False)
+ADDRESSES = Addresses(*(f"127.0.0.1:{port}" for port in range(7001, 7007)))
+
+
+@pytest.fixture
+def figures():
+    done = Report(PLAN, test_samples=360, seconds=9.0)
+    done.iterations = [IterationRecord(k, 1.0 / k, 0.3 * k, 2, 0.5 * k) for k in (1, 2, 3)]
+    done.devices = [
+        DeviceRecord("device-0", {0: 5, 1: 0, 2: 90}, 3, 0.25, 0.5),
+        DeviceRecord("device-1", {0: 1, 1: 0, 2: 0}, 0, None, None),
+    ]
+    return done
+
+
+# ---- the plan
+
+
+def test_the_daemons_understand_the_configuration(tmp_path):
+    plan.write_configuration(tmp_path / "fl.yaml", PLAN, ADDRESSES)
+    for role in (Role.SERVER, Role.SCHEDULER):
+        loaded = load_settings(tmp_path / "fl.yaml", role)
+        assert loaded.warnings == ()
+    settings = load_settings(tmp_path / "fl.yaml", Role.SERVER).settings
+    assert str(settings.distributed_cache.address) == ADDRESSES.redis
+    assert str(settings.fedcore.server.http_address) == ADDRESSES.devices
+    assert settings.fl_iteration_num == 3
+    assert settings.round.start_fl_job_threshold == 2
+    assert settings.client.client_epoch_num == lenet.EPOCHS
+    assert yaml.safe_load((tmp_path / "fl.yaml").read_text())["fl_name"] == plan.FL_NAME
+
+
+def test_the_first_model_is_the_examples(tmp_path):
+    plan.write_initial_model(tmp_path / "initial.safetensors", seed=3)
+    read = read_model(tmp_path / "initial.safetensors").weights
+    for name, weight in lenet.initial_weights(3).items():
+        np.testing.assert_array_equal(read[name], weight)
+
+
+def test_every_device_has_its_own_shard():
+    arguments = [PLAN.device_arguments(shard, ADDRESSES) for shard in range(2)]
+    assert arguments[0] != arguments[1]
+    assert "shard=1" in arguments[1]
+    assert "device-1" in arguments[1]
+    assert PLAN.trainer in arguments[0]
+
+
+def test_torch_is_asked_for_before_anything_starts(monkeypatch):
+    torch = Plan("digits", 2, 3, 1, 0.5, torch=True)
+    assert torch.trainer == "fedexamples.lenet_torch:TorchLeNetTrainer"
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    PLAN.check()
+    with pytest.raises(ConfigError, match="torch is not installed"):
+        torch.check()
+
+
+def test_the_shares_are_those_of_the_trainers():
+    data = datasets.load("digits")
+    shares = plan.divide(PLAN, data)
+    assert sum(sum(share.values()) for share in shares) == len(data.train_labels)
+    for shard, share in enumerate(shares):
+        trainer = lenet.LeNetTrainer(shard=shard, shards=2, seed=1, alpha=0.5)
+        assert sum(trainer.load()) == sum(share.values())
+
+
+# ---- what the cluster says
+
+
+def test_progress_from_metrics():
+    text = """\
+# HELP fl_iteration Number of the current iteration
+# TYPE fl_iteration gauge
+fl_iteration 4.0
+fl_iteration_clients{round="startFLJob"} 7.0
+fl_iteration_clients{round="updateModel"} 5.0
+fl_updates_accepted_total 29.0
+fl_iterations_total{outcome="valid"} 2.0
+fl_iterations_total{outcome="failed"} 1.0
+fl_request_duration_seconds_bucket{le="+Inf",route="get Model"} 3.0
+"""
+    assert progress_of(read_metrics(text)) == Progress(
+        iteration=4, selected=7, uploaded=5, accepted=29, failed=1
+    )
+    assert progress_of({}) == Progress(0, 0, 0, 0, 0)
+
+
+def test_device_reports():
+    text = '{"iteration": 1, "outcome": "completed"}\n{"iteration": 2, "outcome": "restarted"}\n'
+    assert [line["iteration"] for line in read_reports(text)] == [1, 2]
+    reports = [
+        {"outcome": "completed", "loss": 0.5, "accuracy": 0.25},
+        {"outcome": "completed", "loss": 0.125, "accuracy": 0.75},
+        {"outcome": "restarted", "loss": None, "accuracy": None},
+    ]
+    assert command.device_record("d", {1: 2}, reports) == DeviceRecord("d", {1: 2}, 2, 0.125, 0.75)
+    assert command.device_record("d", {1: 2}, []) == DeviceRecord("d", {1: 2}, 0, None, None)
+
+
+# ---- following a training
+
+
+class ScriptedCluster:
+    """Says what a list says; has a model of every iteration that has ended, and keeps three."""
+
+    def __init__(self, *seen):
+        self._seen = list(seen)
+        self._now = seen[0]
+        self.asked = []
+
+    def progress(self):
+        if self._seen:
+            self._now = self._seen.pop(0)
+        return self._now
+
+    def model(self, iteration):
+        assert self._now.iteration - 3 <= iteration < self._now.iteration
+        self.asked.append(iteration)
+        return iteration
+
+    def stalled(self, seconds):
+        return ChildFailed("stalled")
+
+
+class ScriptedExaminer:
+    """The model of iteration k has loss k."""
+
+    def examine(self, weights):
+        return float(weights), 0.5
+
+
+class Silent:
+    def tick(self, iteration, clients):
+        pass
+
+
+def follow(*seen):
+    cluster = ScriptedCluster(*(Progress(*each, failed=0) for each in seen))
+    return cluster, [
+        (r.number, r.loss, r.clients) for r in train(PLAN, cluster, ScriptedExaminer(), Silent())
+    ]
+
+
+def test_each_iteration_is_judged_by_its_own_model():
+    cluster, records = follow(
+        (1, 0, 0, 0), (1, 2, 1, 1), (2, 0, 0, 2), (2, 2, 1, 3), (3, 2, 1, 5), (4, 0, 0, 6)
+    )
+    assert records == [(1, 1.0, 2), (2, 2.0, 2), (3, 3.0, 2)]
+    assert cluster.asked == [1, 2, 3]
+
+
+def test_models_are_fetched_before_they_are_judged():
+    cluster, records = follow((1, 2, 0, 0), (4, 0, 0, 6))
+    assert cluster.asked == [1, 2, 3]
+    assert records == [(1, 1.0, 2), (2, 2.0, 2), (3, 3.0, 2)]
+
+
+def test_a_standstill_is_given_up(monkeypatch):
+    monkeypatch.setattr(command, "STALL_S", 0.0)
+    monkeypatch.setattr(command, "LOOK_S", 0.001)
+    with pytest.raises(ChildFailed, match="stalled"):
+        follow((1, 0, 0, 0))
+
+
+def test_the_examiner_agrees_with_the_example():
+    data = datasets.load("digits")
+    weights = lenet.initial_weights(2)
+    loss, accuracy = Examiner(data).examine({name: value.reshape(-1) for name, value in weights.items()})
+    expected, _ = lenet.loss_and_gradients(weights, data.test_images, data.test_labels)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert accuracy == lenet.accuracy(weights, data.test_images, data.test_labels)
+
+
+# ---- what came of it
+
+
+def test_the_figures(figures, tmp_path):
+    report.save_json(figures, tmp_path / "new" / "figures.json")
+    read = json.loads((tmp_path / "new" / "figures.json").read_text())
+    assert read["accuracy"] == pytest.approx([0.3, 0.6, 0.9])
+    assert read["loss"] == pytest.approx([1, 1 / 2, 1 / 3])
+    assert read["iteration_seconds"] == [0.5, 1.0, 1.5]
+    assert read["seconds"] == 9.0
+    assert read["training_seconds"] == 3.0
+    assert read["updates"] == 6
+    assert read["updates_per_second"] == 2.0
+    assert read["samples_per_device"] == [95, 1]
+    assert {"data": "digits", "devices": 2, "iterations": 3, "seed": 1, "alpha": 0.5}.items() <= read.items()
+
+
+def test_the_curves(figures, tmp_path):
+    pytest.importorskip("matplotlib")
+    report.save_curves(figures, tmp_path / "new" / "curves.png")
+    assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_curves_without_matplotlib(figures, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise ImportError
+
+    monkeypatch.setattr(command, "save_curves", refuse)
+    shown = view.PlainView(PLAN)
+    command.write(figures, shown, command.Outputs(None, tmp_path / "curves.png", stay=False))
+    assert capsys.readouterr().out == "no curves: matplotlib is not installed (pip install 'fedcore[demo]')\n"
+
+
+# ---- what the reader sees
+
+
+def test_plain_lines(figures, capsys):
+    with view.PlainView(PLAN) as shown:
+        shown.say("hello")
+        shown.tick(1, 1)
+        shown.record(figures.iterations[0])
+    shown.summarise(figures)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "hello"
+    assert lines[1].split() == [
+        "iteration",
+        "1/3",
+        "loss",
+        "1.0000",
+        "accuracy",
+        "30.0%",
+        "clients",
+        "2",
+        "0.50",
+        "s",
+    ]
+    assert lines[2].startswith("device-0       95 samples, mostly 2 and 0; 3 iterations;")
+    assert lines[3].endswith("accuracy on its own samples -")
+    assert "test accuracy 90.0% on 360 images" in lines[4]
+    assert "6 updates, 2.0 updates/s" in lines[5]
+    assert all(line.isascii() for line in lines)
+
+
+@pytest.mark.parametrize("height", [6, 12, 60])
+def test_a_terminal_of_any_height(figures, height):
+    console = Console(force_terminal=True, width=90, height=height, record=True, file=io.StringIO())
+    with view.TerminalView(PLAN, console) as shown:
+        shown.say("hello")
+        for record in figures.iterations:
+            shown.tick(record.number, 1)
+            shown.record(record)
+        shown.tick(4, 0)
+    shown.summarise(figures)
+    text = console.export_text()
+    assert "hello" in text
+    assert all(f"{record.loss:.4f}" in text for record in figures.iterations)
+    assert "who did what" in text
+
+
+def test_a_pipe_gets_plain_lines(monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    assert isinstance(view.view_for(PLAN), view.PlainView)
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"), [({0: 1, 5: 9, 7: 3}, "5 and 7"), ({3: 4, 4: 0}, "3"), ({}, "")]
+)
+def test_favourites(samples, words):
+    assert view.favourites(samples) == words
+
+
+# ---- directories and signals
+
+
+def test_a_temporary_directory_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(command.tempfile, "tempdir", str(tmp_path))
+    with run_directory(None, keep=False) as folder:
+        assert folder.is_dir()
+        (folder / "file").touch()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("error", [KeyError, Stopped])
+def test_a_temporary_directory_goes_after_a_stop(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(command.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(error), run_directory(None, keep=False):
+        raise error(2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("keep", "error"), [(True, KeyError), (False, ChildFailed)])
+def test_a_temporary_directory_stays(tmp_path, monkeypatch, keep, error):
+    monkeypatch.setattr(command.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(error), run_directory(None, keep=keep):
+        raise error("x")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_named_directory_is_new_or_empty(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("new/below", "empty"):
+        with run_directory(tmp_path / name, keep=False) as folder:
+            assert folder.is_absolute()
+        assert folder.is_dir()
+    (tmp_path / "file").touch()
+    for used in (tmp_path, tmp_path / "file"):
+        with (
+            pytest.raises(command.click.ClickException, match="not an empty directory"),
+            run_directory(used, False),
+        ):
+            pass
+
+
+def test_the_first_signal_stops_and_the_others_are_ignored():
+    before = [signal.getsignal(number) for number in command.STOPPING]
+    with pytest.raises(Stopped) as stopped, stopping_on_signals():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGHUP)
+    assert stopped.value.number == signal.SIGTERM
+    assert [signal.getsignal(number) for number in command.STOPPING] == before
+
+
+def test_what_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping_on_signals():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_curves_have_a_default_place():
+    assert Path("demo-run/curves.png") == command.CURVES

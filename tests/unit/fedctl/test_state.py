@@ -1,0 +1,116 @@
+"""``fl state``: what it prints, and its one line where there is nothing to print."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from click.testing import CliRunner
+
+from fedctl.__main__ import main
+from fedctl.processes import free_ports
+
+READY = {
+    "cluster_state": "CLUSTER_READY",
+    "code": "0",
+    "message": "Get cluster state successful.",
+    "nodes": [{"node_id": "10.0.0.7:6766::2026", "role": "SERVER", "tcp_address": "10.0.0.7:6766"}],
+}
+
+
+@pytest.fixture
+def scheduler():
+    """A scheduler that answers ``server.answer``: a status and a body."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, body = self.server.answer
+            self.server.paths.append(self.path)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.answer, server.paths = (200, json.dumps(READY).encode()), []
+        server.url = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["state", *arguments], prog_name="fl")
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_cluster_with_a_server(scheduler, slash):
+    result = run("--scheduler", scheduler.url + slash)
+    assert result.exit_code == 0, result.output
+    assert "CLUSTER_READY" in result.stdout
+    assert "SERVER" in result.stdout
+    assert "10.0.0.7:6766" in result.stdout
+    assert scheduler.paths == ["/state"]
+
+
+def test_the_answer_as_it_is(scheduler):
+    result = run("--scheduler", scheduler.url, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == READY
+
+
+def test_nobody_there(scheduler):
+    scheduler.answer = 200, b'{"code":"0","message":"Get cluster state successful."}'
+    result = run("--scheduler", scheduler.url)
+    assert result.exit_code == 0
+    assert result.stdout == "the state is unknown\nno node is alive\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (
+            400,
+            b'{"code":"1","error_message":"Cannot find cluster info for x"}',
+            "refuses: Cannot find cluster info",
+        ),
+        (404, b"<html>", "is no scheduler"),
+        (200, b"<html>", "is no scheduler"),
+        (200, b"[]", "is no scheduler"),
+        (500, b"{}", "refuses: HTTP status 500"),
+    ],
+)
+def test_a_refusal_is_one_line(scheduler, status, body, message):
+    scheduler.answer = status, body
+    result = run("--scheduler", scheduler.url)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:{port}", "nonsense", "http://[", "https://127.0.0.1:{port}"]
+)
+def test_nobody_to_ask_is_one_line(url):
+    url = url.format(port=free_ports(1)[0])
+    result = run("--scheduler", url)
+    assert result.exit_code == 1
+    assert f"the scheduler at {url} cannot be asked" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_missing_ca_file_is_one_line(scheduler):
+    result = run("--scheduler", scheduler.url, "--ca-file", "/nonexistent.pem")
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_proxy_is_not_asked(scheduler, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_ports(1)[0]}")
+    assert run("--scheduler", scheduler.url).exit_code == 0

@@ -1,0 +1,239 @@
+"""Every field of every table that answers a device, read back from the bytes that are sent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedcore.config import Settings
+from fedcore.models.history import ModelHistory
+from fedcore.services.answers import Answer, Answers
+from fedcore.wire import codec
+from fedcore.wire.arrays import Layout, Weight
+from fedcore.wire.image import ImageTemplate, ModelImage
+from fedcore.wire.messages import (
+    CipherPublicParams,
+    DPParams,
+    DSParams,
+    FLPlan,
+    PWParams,
+    ResponseFLJob,
+    ResponseGetModel,
+    ResponseUpdateModel,
+)
+
+LAYOUT = Layout((Weight("b", (2,)), Weight("a", (1, 2)), Weight("fixed", (), aggregated=False)))
+TEMPLATE = ImageTemplate(LAYOUT)
+NRT = 1_700_000_000_123
+
+
+def model(value: float) -> ModelImage:
+    return TEMPLATE.image(
+        {"a": np.float32([value, value]), "b": np.float32([-value, 0]), "fixed": np.float32([9])}
+    )
+
+
+def settings(**client: Any) -> Settings:
+    base = Settings(fl_name="demo.DemoClient", fl_iteration_num=25)
+    client = {"client_epoch_num": 3, "client_batch_size": 16, "client_learning_rate": 0.125, **client}
+    return replace(
+        base,
+        client=replace(base.client, **client),
+        compression=replace(base.compression, upload_sparse_rate=0.25),
+    )
+
+
+PLAN = FLPlan(
+    server_mode="FEDERATED_LEARNING",
+    fl_name="demo.DemoClient",
+    iterations=25,
+    epochs=3,
+    mini_batch=16,
+    lr=0.125,
+    cipher=CipherPublicParams("NOT_ENCRYPT", PWParams(p=bytes(32), prime=bytes(33)), DPParams(), DSParams()),
+)
+
+
+@pytest.fixture
+def history() -> ModelHistory:
+    """Models 4, 5 and 6 are kept; iteration 7 is the current one."""
+    history = ModelHistory(4, model(4))
+    history.add(5, model(5))
+    history.add(6, model(6))
+    return history
+
+
+@pytest.fixture
+def answers(history: ModelHistory) -> Answers:
+    answers = Answers(settings(), history)
+    answers.open(7)
+    return answers
+
+
+def table(answer: Answer, kind: type) -> Any:
+    response = answer.response
+    assert (response.status, response.content_type) == (200, b"application/octet-stream")
+    reply = codec.decode(kind, b"".join(response.parts))
+    assert reply.retcode == answer.code
+    return reply
+
+
+def weights(reply: Any) -> dict[str, list[float]]:
+    """The weights in the order in which they were sent."""
+    return {item.weight_fullname: item.data.tolist() for item in reply.feature_map}
+
+
+def bare(reply: Any) -> Any:
+    """The table without its weights."""
+    return replace(reply, feature_map=None)
+
+
+class TestStartFLJob:
+    def test_a_selected_device_gets_the_plan_and_every_weight(self, answers: Answers) -> None:
+        reply = table(answers.selected(NRT), ResponseFLJob)
+        assert bare(reply) == ResponseFLJob(
+            retcode=200,
+            reason="success",
+            iteration=7,
+            is_selected=True,
+            next_req_time=str(NRT),
+            fl_plan_config=PLAN,
+            timestamp=None,
+            upload_compress_type=0,
+            upload_sparse_rate=0.25,
+            download_compress_type=0,
+            compress_feature_map=(),
+            unsupervised_eval_flg=0,
+        )
+        assert weights(reply) == {"a": [6, 6], "b": [-6, 0], "fixed": [9]}
+        assert list(weights(reply)) == ["a", "b", "fixed"]
+
+    @pytest.mark.parametrize("code", [300, 400, 500])
+    def test_a_refused_device_gets_the_plan_too(self, answers: Answers, code: int) -> None:
+        """Old devices give up for ever when it is not there."""
+        reply = table(answers.start_refused(code, "warum: ü", NRT), ResponseFLJob)
+        assert reply == ResponseFLJob(
+            retcode=code,
+            reason="warum: ü",
+            iteration=7,
+            is_selected=False,
+            next_req_time=str(NRT),
+            fl_plan_config=PLAN,
+            feature_map=(),
+            timestamp=None,
+            upload_compress_type=0,
+            upload_sparse_rate=0.25,
+            download_compress_type=0,
+            compress_feature_map=(),
+            unsupervised_eval_flg=0,
+        )
+
+    def test_all_devices_of_an_iteration_get_the_same_bytes(self, answers: Answers) -> None:
+        first = answers.selected(NRT)
+        assert answers.selected(NRT + 1) is first
+
+    def test_the_weights_are_the_model_itself_and_not_a_copy(
+        self, answers: Answers, history: ModelHistory
+    ) -> None:
+        assert answers.selected(NRT).response.parts[-1] is history.newest_image.tail
+
+    def test_the_next_iteration_gets_the_next_model(self, answers: Answers, history: ModelHistory) -> None:
+        answers.selected(NRT)
+        history.add(7, model(7))
+        answers.open(8)
+        reply = table(answers.selected(NRT + 5), ResponseFLJob)
+        assert (reply.iteration, reply.next_req_time) == (8, str(NRT + 5))
+        assert weights(reply)["a"] == [7, 7]
+        assert table(answers.start_refused(300, "", NRT), ResponseFLJob).iteration == 8
+
+    def test_a_learning_rate_travels_in_single_precision(self, history: ModelHistory) -> None:
+        answers = Answers(settings(client_learning_rate=0.001), history)
+        plan = table(answers.start_refused(300, "", NRT), ResponseFLJob).fl_plan_config
+        assert plan.lr == np.float32(0.001)
+
+
+class TestUpdateModel:
+    @pytest.mark.parametrize(
+        ("code", "reason"), [(200, "success not ready"), (300, "later: ü"), (400, ""), (500, "oh")]
+    )
+    def test_says_what_became_of_it(self, answers: Answers, code: int, reason: str) -> None:
+        reply = table(answers.update(code, reason, NRT), ResponseUpdateModel)
+        assert reply == ResponseUpdateModel(
+            retcode=code, reason=reason, feature_map=None, next_req_time=str(NRT), timestamp=None
+        )
+
+
+class TestGetModel:
+    @pytest.mark.parametrize(
+        ("asked", "value"),
+        [(6, 6), (5, 5), (4, 4), (3, 6), (0, 6), (7, 6), (8, 6), (2**31 - 1, 6), (-1, 6), (-(2**31), 6)],
+    )
+    def test_the_model_of_that_iteration_or_the_newest(
+        self, answers: Answers, asked: int, value: float
+    ) -> None:
+        for _ in range(2):  # the second time from memory, or not
+            reply = table(answers.model(asked, NRT), ResponseGetModel)
+            assert weights(reply) == {"a": [value, value], "b": [-value, 0]}
+            assert reply.iteration == 7
+
+    def test_every_field(self, answers: Answers) -> None:
+        assert bare(table(answers.model(6, NRT), ResponseGetModel)) == ResponseGetModel(
+            retcode=200,
+            reason="Get model for iteration 6",
+            iteration=7,
+            timestamp=str(NRT),
+            download_compress_type=0,
+            compress_feature_map=(),
+        )
+
+    @pytest.mark.parametrize(
+        ("asked", "printed"), [(-1, "18446744073709551615"), (-(2**31), "18446744071562067968"), (9, "9")]
+    )
+    def test_negative_numbers_print_as_the_original_prints_them(
+        self, answers: Answers, asked: int, printed: str
+    ) -> None:
+        reply = table(answers.model(asked, NRT), ResponseGetModel)
+        assert reply.reason == f"Get model for iteration {printed}"
+
+    def test_answers_that_are_asked_for_often_are_made_once(self, answers: Answers) -> None:
+        first = answers.model(6, NRT)
+        assert answers.model(6, NRT + 1) is first
+        answers.open(8)
+        assert table(answers.model(6, NRT + 1), ResponseGetModel).timestamp == str(NRT + 1)
+
+    def test_made_up_numbers_take_no_memory(self, answers: Answers) -> None:
+        for asked in range(1000, 1100):
+            answers.model(asked, NRT)
+        answers.model(5, NRT)
+        assert list(answers._model_of) == [5]
+
+    def test_a_model_that_does_not_exist_yet(self, answers: Answers) -> None:
+        assert table(answers.model_not_ready(NRT), ResponseGetModel) == ResponseGetModel(
+            retcode=201,
+            reason=(
+                "The model is not ready yet for iteration 7. Maybe this is because\n"
+                "1. Client doesn't not send enough update model request.\n"
+                "2. Worker has not push weights to server."
+            ),
+            iteration=7,
+            feature_map=(),
+            timestamp=str(NRT),
+            download_compress_type=0,
+            compress_feature_map=(),
+        )
+
+    @pytest.mark.parametrize("code", [400, 500])
+    def test_a_request_that_is_none(self, answers: Answers, code: int) -> None:
+        reply = table(
+            answers.model_refused(code, "The schema of RequestGetModel is invalid."), ResponseGetModel
+        )
+        assert (reply.reason, reply.iteration, reply.timestamp) == (
+            "The schema of RequestGetModel is invalid.",
+            7,
+            "",
+        )
+        assert not reply.feature_map
+        assert not reply.compress_feature_map
