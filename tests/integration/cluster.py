@@ -52,7 +52,7 @@ class Cluster:
     def __init__(
         self, directory: Path, *, fedcore: Mapping[str, Any] | None = None, **overrides: Any
     ) -> None:
-        """Prepare a job in ``directory``; ``overrides`` are keys of the YAML's ``round`` section or fl_iteration_num."""
+        """Prepare a job; ``overrides`` are keys of the YAML's ``round`` section, fl_name or fl_iteration_num."""
         self.directory = directory
         self.redis_port, self.http, self.admin, self.manage, self.scheduler_admin, self.tcp = free_ports(6)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -148,10 +148,14 @@ class Cluster:
         if ready:
             wait_until(self.ready, "the server is ready")
 
-    def start_scheduler(self, *options: str) -> None:
-        """Start fl-schedulerd."""
+    def start_scheduler(self, *options: str, ready: bool = True) -> None:
+        """Start fl-schedulerd; wait until it is ready, or only until it listens."""
         self.spawn("scheduler", *self.command("schedulerd"), "--yaml-config", str(self.yaml), *options)
         self.wait_listening(self.scheduler_admin, "scheduler")
+        if ready:
+            wait_until(
+                lambda: self.get_http(self.scheduler_admin, "/readyz")[0] == 200, "the scheduler is ready"
+            )
 
     @staticmethod
     def command(daemon: str) -> tuple[str, ...]:

@@ -31,7 +31,13 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 def run(cluster: Cluster, daemon: str, *options: str) -> subprocess.CompletedProcess[str]:
     command = [*cluster.command(daemon), *options]
     return subprocess.run(
-        command, cwd=cluster.directory, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+        command,
+        cwd=cluster.directory,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+        check=False,
     )
 
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fedctl.processes import find_redis_server, free_ports
 from integration.cluster import wait_until
+
+from fedctl.processes import find_redis_server, free_ports
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -104,7 +105,9 @@ def test_the_tour(shell: Shell) -> None:
     assert sum(command.startswith("curl") for command, _ in commands) == 4
     for command, shown in commands:
         expected = [shell.translate(line) for line in shown]
-        if command.startswith("curl") and "startFLJob" not in command:  # may be typed before the daemons are up
+        if (
+            command.startswith("curl") and "startFLJob" not in command
+        ):  # may be typed before the daemons are up
             wait_until(lambda: as_printed(shell.type(command), expected), command)  # noqa: B023
         else:
             printed = shell.type(command)

@@ -500,7 +500,7 @@ class TestScheduler:
 
     def test_without_a_job(self, tmp_path: Path) -> None:
         with Cluster(tmp_path) as cluster:
-            cluster.start_scheduler()
+            cluster.start_scheduler(ready=False)
             away = b'{"code":"1","error_message":"Failed to access the cache server. Please retry later."}'
             assert cluster.get_http(cluster.manage, "/state") == (400, away)
             cluster.start_redis()

@@ -1,5 +1,4 @@
 """Every key of the file: type, range, default, need and exact messages, against a table typed by hand."""
-# ruff: noqa: E501 - messages are easier to compare unbroken
 
 from collections.abc import Callable
 from operator import attrgetter

@@ -34,7 +34,9 @@ def start_logging(stream: TextIO, level: str) -> None:
     """
     observer: Any = ConsoleObserver(stream) if stream.isatty() else JsonObserver(stream)
     lowest: Any = LogLevelFilterPredicate(defaultLogLevel=LogLevel.levelWithName(level))
-    lowest.setLogLevelForNamespace("log_legacy", LogLevel.warn)  # Twisted's own "starting on", "connection made"
+    lowest.setLogLevelForNamespace(
+        "log_legacy", LogLevel.warn
+    )  # Twisted's own "starting on", "connection made"
     filtered: Any = FilteringLogObserver(observer, [lowest])
     globalLogBeginner.beginLoggingTo([filtered], redirectStandardIO=False)
 

@@ -120,7 +120,11 @@ class Redis(Service):
             return await getattr(self._factory.pool[0], method)(*arguments)
         except (txredisapi.RedisError, OSError) as error:
             self._on_error()
-            if not isinstance(error, txredisapi.ResponseError):
+            if isinstance(error, txredisapi.ResponseError):
+                self.log.warn(
+                    "Redis at {address} refused a command: {error}", address=self._name, error=str(error)
+                )
+            else:
                 self._give_up_connection()
             raise StoreUnavailable(f"Redis: {error}") from error
 

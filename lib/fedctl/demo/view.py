@@ -124,7 +124,7 @@ class TerminalView:
         self._live.stop()
 
     def say(self, sentence: str) -> None:
-        self._console.print(sentence)
+        self._console.print(sentence, markup=False, soft_wrap=True)  # a path may hold [brackets]
 
     def tick(self, iteration: int, clients: int) -> None:
         assert self._task is not None
@@ -147,7 +147,7 @@ class TerminalView:
             table.add_row(*_device_row(device))
         self._console.print(table)
         for line in totals(report):
-            self._console.print(line)
+            self.say(line)
 
     def _table(self, records: list[IterationRecord]) -> Table:
         table = Table()
