@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 SIZES = {"200 B": 200, "256 KB": 256 << 10, "20 MB": 20 << 20}
-REQUESTS = {"200 B": 800, "256 KB": 240, "20 MB": 12}  # per round: some tenths of a second each
+REQUESTS = {"200 B": 2000, "256 KB": 400, "20 MB": 16}  # per round: some tenths of a second each
 KINDS = ("fedcore", "sink", "stock")
-ROUNDS = 7
+ROUNDS = 9
 BUDGET_S = 45.0  # no round starts later than this
 CONNECTIONS = 4
 PATH = b"/updateModel"

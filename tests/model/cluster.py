@@ -339,8 +339,14 @@ class Server:
         self.work()
 
     def work(self) -> None:
-        while self.events and not self.effects:
-            self.step(self.events.popleft())
+        """Step through the events up to the first effect that takes its time; Open takes none."""
+        while True:
+            if self.effects and isinstance(self.effects[0], core.Open):
+                self.open(self.effects.popleft())
+            elif self.events and not self.effects:
+                self.step(self.events.popleft())
+            else:
+                return
 
     def step(self, event: core.Event) -> None:
         self.iteration, effects = core.step(self.iteration, event, self.world.now, self.world.policy)
@@ -444,11 +450,14 @@ class Server:
                     lambda: self.world.advance(self, number, attempt, success, result, finishes, phase)
                 )
                 return core.Advanced(success, result) if done else self.look_again()
-            case core.Open(number):
-                self.ledger.clear()
-                self.candidate = None
-                self.opened.append(number)
-        return None
+        raise AssertionError(effect)
+
+    def open(self, effect: core.Effect) -> None:
+        """Begin to serve an iteration."""
+        assert isinstance(effect, core.Open)
+        self.ledger.clear()
+        self.candidate = None
+        self.opened.append(effect.number)
 
     def reduce(self, number: int) -> core.Event | Wait:
         """Gather all partial sums; a server gives its own when it has no open question."""
@@ -523,6 +532,8 @@ class World:
                 self.published[number] = by.candidate
             else:
                 self.failed[number] = result
+            if "timeout" in result:
+                assert status.phase is Phase.COLLECTING, "a clock ended a sealed iteration"
             if result == core.server_exited(number):
                 needed = {status.token, *self.shared.uploads.get(number, {}).values()} - {""}
                 assert any(self.server(name) is None for name in needed), "nobody died"

@@ -67,13 +67,23 @@ class ClusterHistory(RuleBasedStateMachine):
     def device_uploads(self, index: int, fl_id: str) -> None:
         self.on(index, lambda server: server.upload(fl_id))
 
-    @rule(index=HOSTS, other=HOSTS, fl_ids=st.lists(CLIENTS, unique=True, min_size=2, max_size=3))
-    def devices_take_part(self, index: int, other: int, fl_ids: list[str]) -> None:
-        """Each asks any server, as a load balancer has it."""
+    @rule(
+        index=HOSTS,
+        other=HOSTS,
+        fl_ids=st.lists(CLIENTS, unique=True, min_size=2, max_size=3),
+        last=st.sampled_from(Fault),
+        then=st.sampled_from(Fault),
+    )
+    def devices_take_part(self, index: int, other: int, fl_ids: list[str], last: Fault, then: Fault) -> None:
+        """Each asks any server, as a load balancer has it; the last upload may break, or what follows from it."""
         for fl_id in fl_ids:
             self.on(index, lambda server, fl_id=fl_id: server.start_client(fl_id))  # type: ignore[misc]
+            if fl_id == fl_ids[-1]:
+                self.on(other, lambda server: server.line.break_at(last, 1))
             self.on(other, lambda server, fl_id=fl_id: server.upload(fl_id))  # type: ignore[misc]
             index, other = other, index
+        for host in (index, other):
+            self.what_a_server_does_breaks(host, then)
 
     # ---- servers
 
@@ -110,7 +120,7 @@ class ClusterHistory(RuleBasedStateMachine):
     @rule(index=HOSTS, fault=st.sampled_from([Fault.BEFORE, Fault.AFTER]))
     def what_a_server_does_breaks(self, index: int, fault: Fault) -> None:
         def break_it(server: Server) -> None:
-            if server.busy:
+            if server.busy and fault is not Fault.NONE:
                 server.line.break_at(fault, 1)
                 server.perform()
                 server.line.mend()
@@ -182,7 +192,7 @@ class ClusterHistory(RuleBasedStateMachine):
         for number, result in self.world.failed.items():
             completed, started = self.world.shared.completed.get(number), self.world.started[number]
             if completed is not None and started is not None and result != server_exited(number):
-                # a server's own copy may be a second old; its clock may then win against the seal
+                # another server's copy may be a second old; its clock may then win against the seal
                 assert completed - started >= self.world.policy.start_window - 2.0  # the shortest of all
 
     @invariant()

@@ -13,7 +13,7 @@ Every state of a connection has a deadline; the site looks at all of them once a
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Coroutine
 from dataclasses import dataclass
 from email.utils import formatdate
 from enum import Enum
@@ -57,7 +57,7 @@ class Response:
     """One HTTP answer.
 
     Attributes:
-        parts: the body in pieces, sent as they are, never joined here.
+        parts: the body in pieces, sent as they are, never joined; the same bytes may be on their way to many.
         status: HTTP status.
         content_type: media type.
         phrase: reason phrase, or b"" for the usual one.
@@ -109,7 +109,8 @@ class Route(TypingProtocol):
     def sink(self, length: int) -> Any:
         """Return a Sink for a body of ``length`` bytes, or a Deferred of one while there is no room.
 
-        A FedcoreError of the Deferred is answered instead of the request.
+        An error is answered instead of the request. If the device goes away, its Deferred is not cancelled:
+        the sink comes back through ``discard``.
         """
         ...
 
@@ -322,6 +323,7 @@ class DeviceProtocol(protocol.Protocol):
         except Exception as error:
             self._answer_unread(self.site.pages.error(error))
             return
+        await self.site.next_turn()  # else requests that wait for each other's room would nest without an end
         if self._stage is Stage.CLOSED:
             route.discard(sink)
         else:
@@ -335,12 +337,13 @@ class DeviceProtocol(protocol.Protocol):
         self._chunks = ChunkedBody(sink.buffer, self._limit) if self._head.chunked else None
         self._received = self._checked = 0
         self._enter(Stage.BODY, self.site.limits.body_timeout)
-        self._read(True)
         if self._pending:
             data, self._pending = self._pending, b""
             self.dataReceived(data)
         elif self._head.expects_continue:
             self.transport.write(_CONTINUE)
+        if self._stage is Stage.BODY:
+            self._read(True)
 
     def _take_body(self, data: bytes) -> None:
         assert self._sink is not None and self._head is not None
@@ -440,7 +443,7 @@ class DeviceProtocol(protocol.Protocol):
         if self._keep_alive and not self.site.stopping:
             if self._pending:
                 self._enter(Stage.TURN, None)  # one request a turn, so that nobody can hold the reactor
-                self.site.call_soon(self._next_request)
+                self.site.next_turn().addCallback(self._next_request).addErrback(self._failed)
             else:
                 self._enter(Stage.IDLE, self.site.limits.idle_timeout)
                 self._read(True)
@@ -454,7 +457,7 @@ class DeviceProtocol(protocol.Protocol):
         """Bytes of the answer that the peer's side has taken, less what it had left to take before."""
         return self._sent - unacknowledged(self.transport)
 
-    def _next_request(self) -> None:
+    def _next_request(self, _: None) -> None:
         if self._stage is Stage.TURN:
             self._enter(Stage.IDLE, self.site.limits.idle_timeout)
             self._take_head()
@@ -546,9 +549,12 @@ class DeviceProtocol(protocol.Protocol):
     def _ended(self, result: Any) -> None:
         self._works -= 1
         if isinstance(result, Failure):
-            self.log.failure("a device connection failed", result)
-            self.abort()
+            self._failed(result)
         self._leave()
+
+    def _failed(self, failure: Failure) -> None:
+        self.log.failure("a device connection failed", failure)
+        self.abort()
 
 
 class _TurnedAway(protocol.Protocol):
@@ -613,9 +619,11 @@ class DeviceSite(protocol.Factory):
         self.connections.discard(connection)
         self._rest()
 
-    def call_soon(self, function: Callable[[], None]) -> None:
-        """Call a function in the next turn of the reactor."""
-        self._reactor.callLater(0, function)
+    def next_turn(self) -> defer.Deferred[None]:
+        """Return a Deferred that fires in the next turn of the reactor."""
+        turn: defer.Deferred[None] = defer.Deferred()
+        self._reactor.callLater(0, turn.callback, None)
+        return turn
 
     def stop(self) -> None:
         """Close idle connections; the others close with their answer."""

@@ -7,6 +7,7 @@ TCP or TLS; ``Rig`` is the listener with its clock. Transports, TLS and bufferin
 from __future__ import annotations
 
 import datetime
+import errno
 import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class Wire:
 
     def recv_into(self, buffer: memoryview) -> int:
         if not self.arrived and not self.ended:
-            raise BlockingIOError
+            raise BlockingIOError(errno.EAGAIN, "nothing there")
         count = min(len(buffer), len(self.arrived))
         buffer[:count] = self.arrived[:count]
         del self.arrived[:count]
@@ -60,7 +61,7 @@ class Wire:
     def sendmsg(self, pieces: list[Any]) -> int:
         assert not (self.finished or self.closed)
         if self.window == 0 and any(pieces):
-            raise BlockingIOError(11, "full")
+            raise BlockingIOError(errno.EAGAIN, "full")
         count = 0
         for piece in pieces:
             part = bytes(piece[: self.window])
