@@ -76,7 +76,9 @@ def main() -> None:
     site: Any = DeviceSite(routes, Pages(), Limits(), 200, reactor)  # type: ignore[arg-type]
     if len(sys.argv) > 1:
         now = datetime.now(UTC)
-        context = listening_context(Path(sys.argv[1]), sys.argv[2].encode(), SUITE, now, print)
+        context = listening_context(
+            Path(sys.argv[1]), sys.argv[2].encode(), SUITE, now, lambda sentence: None
+        )
         site = TLSMemoryBIOFactory(context, False, site)
     port = reactor.listenTCP(0, site, interface="127.0.0.1")  # type: ignore[attr-defined]
     stdio.StandardIO(UntilTheEnd())

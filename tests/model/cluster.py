@@ -117,11 +117,13 @@ class SharedState:
         status = self.status
         if status is None:
             return "missing", 0, ""
-        if (status.number, status.attempt, status.running) != (number, attempt, RunningState.RUNNING):
+        if (status.number, status.attempt) != (number, attempt):
             return "closed", status.number, ""
         clients, uploads = self.clients.get(number, {}), self.uploads.setdefault(number, {})
         if holder is not None:
             return "accepted", len(uploads), clients[fl_id]
+        if status.running is not RunningState.RUNNING:
+            return "closed", status.number, ""
         if len(uploads) >= quorum or status.phase is not Phase.COLLECTING:
             return "full", len(uploads), ""
         if fl_id not in clients:

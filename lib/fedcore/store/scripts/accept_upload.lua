@@ -4,16 +4,17 @@
 --       1 if the weights may count, lifetime in seconds
 -- Returns {word, number, text}: "missing"; "closed" (another iteration or attempt: number is the current iteration);
 -- "repeated" (text is the ledger that holds it), "full", "unknown", "other", "unfit", or "accepted" (number is the
--- count, text the client's meta). A repeat by the same ledger is accepted again with the same count: its owner knows
--- whether it has kept the update, or lost the first reply.
+-- count, text the client's meta). A repeat by the same ledger is accepted again, even while the job is disabled: its
+-- owner knows whether it has kept the update, or lost the first reply.
 local holder = redis.call('HGET', KEYS[4], ARGV[4])
 if holder and (holder ~= ARGV[6] or ARGV[3] ~= ARGV[1]) then return {'repeated', 0, holder} end
 local number, attempt, phase, state =
   unpack(redis.call('HMGET', KEYS[1], 'iterationNum', 'attempt', 'phase', 'runningState'))
 if not number then return {'missing', 0, ''} end
-if number ~= ARGV[1] or (attempt or '1') ~= ARGV[2] or (state or '0') ~= '0' then return {'closed', tonumber(number), ''} end
+if number ~= ARGV[1] or (attempt or '1') ~= ARGV[2] then return {'closed', tonumber(number), ''} end
 local count = redis.call('HLEN', KEYS[3])
 if holder then return {'accepted', count, redis.call('HGET', KEYS[2], ARGV[4])} end
+if (state or '0') ~= '0' then return {'closed', tonumber(number), ''} end
 if count >= tonumber(ARGV[5]) or (phase or 'collecting') ~= 'collecting' then return {'full', count, ''} end
 local meta = redis.call('HGET', KEYS[2], ARGV[4])
 if not meta then return {'unknown', count, ''} end
