@@ -82,7 +82,8 @@ def answer_to(body: Any) -> bytes:
 
 
 def fedcore_site(reactor: Any) -> Any:
-    from fedcore.net.device_http import DeviceSite, Limits, Response, text_response
+    from fedcore.net.device_http import DeviceSite
+    from fedcore.net.routes import Limits, Response, text_response
 
     class Upload:
         name = "updateModel"

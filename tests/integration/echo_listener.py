@@ -18,7 +18,8 @@ from twisted.internet.protocol import Protocol
 from twisted.protocols.tls import TLSMemoryBIOFactory
 
 from fedcore.errors import FedcoreError
-from fedcore.net.device_http import DeviceSite, Limits, Response, text_response
+from fedcore.net.device_http import DeviceSite
+from fedcore.net.routes import Limits, Response, text_response
 from fedcore.net.tls import listening_context
 
 LIMIT = 24 << 20

@@ -13,12 +13,10 @@ Every state of a connection has a deadline; the site looks at all of them once a
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Coroutine
 from email.utils import formatdate
 from enum import Enum
 from typing import Any
-from typing import Protocol as TypingProtocol
 
 from twisted.internet import defer, protocol, task, tcp
 from twisted.internet.interfaces import IAddress, IPushProducer
@@ -29,6 +27,7 @@ from zope.interface import implementer
 from fedcore.errors import BodyTooLarge, PeerError
 from fedcore.net.direct_io import DirectIO, unacknowledged
 from fedcore.net.http_head import ChunkedBody, HeadFault, RequestHead, parse_head
+from fedcore.net.routes import Limits, Pages, Response, Route, Sink, text_response
 
 MAX_HEAD = 16_384  # bytes; nginx, Apache and Node.js allow 8 to 16 KiB
 WRITE_SIZE = 16_384  # bytes handed to the transport at a time, which copies them; a record of TLS
@@ -37,123 +36,7 @@ LINGER_BYTES = 64 << 20  # and how much
 SWEEP_S = 1.0  # how often deadlines are looked at, and so their precision
 _HEAD_END = b"\r\n\r\n"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_PHRASES = {
-    200: b"OK",
-    400: b"Bad Request",
-    404: b"Not Found",
-    408: b"Request Timeout",
-    413: b"Content Too Large",
-    431: b"Request Header Fields Too Large",
-    500: b"Internal Server Error",
-    501: b"Not Implemented",
-    503: b"Service Unavailable",
-    505: b"HTTP Version Not Supported",
-}
 _WASTE = memoryview(bytearray(1 << 16))  # where bytes go that nobody wants
-
-
-@dataclass(frozen=True, slots=True)
-class Response:
-    """One HTTP answer.
-
-    Attributes:
-        parts: the body in pieces, sent as they are, never joined; the same bytes may be on their way to many.
-        status: HTTP status.
-        content_type: media type.
-        phrase: reason phrase, or b"" for the usual one.
-    """
-
-    parts: tuple[bytes, ...]
-    status: int = 200
-    content_type: bytes = b"application/octet-stream"
-    phrase: bytes = b""
-
-    @property
-    def length(self) -> int:
-        """Bytes of the body."""
-        return sum(map(len, self.parts))
-
-    def head(self, date: bytes, keep_alive: bool) -> bytes:
-        """Return status line and headers."""
-        return b"HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nDate: %s\r\n%s\r\n" % (
-            self.status,
-            self.phrase or _PHRASES.get(self.status, b"Error"),
-            self.content_type,
-            self.length,
-            date,
-            b"" if keep_alive else b"Connection: close\r\n",
-        )
-
-
-def text_response(status: int, text: str) -> Response:
-    """Answer in plain words."""
-    return Response((text.encode(),), status, b"text/plain; charset=utf-8")
-
-
-class Sink(TypingProtocol):
-    """Room for one body: a writable buffer, and how much of it the body filled."""
-
-    buffer: memoryview
-    length: int
-
-
-class Route(TypingProtocol):
-    """One path of the listener."""
-
-    name: str
-
-    def limit(self) -> int:
-        """Return the longest acceptable body in bytes."""
-        ...
-
-    def sink(self, length: int) -> Any:
-        """Return a Sink for a body of ``length`` bytes, or a Deferred of one while there is no room.
-
-        An error is answered instead of the request. If the device goes away, its Deferred is not cancelled:
-        the sink comes back through ``discard``.
-        """
-        ...
-
-    def discard(self, sink: Any) -> None:
-        """Take back a sink whose body never became complete."""
-        ...
-
-    def handle(self, sink: Any) -> Awaitable[Response]:
-        """Answer a complete body; the sink is the route's again."""
-        ...
-
-
-class Pages(TypingProtocol):
-    """How the listener answers what never reaches a route."""
-
-    def empty_body(self) -> Response:
-        """Answer a request without a body."""
-        ...
-
-    def not_found(self) -> Response:
-        """Answer an unknown path."""
-        ...
-
-    def error(self, error: BaseException) -> Response:
-        """Answer an exception; the one place where an error becomes a reply."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one connection may take.
-
-    Attributes:
-        header_timeout: seconds until a request head is complete.
-        body_timeout: seconds in which a body must bring ``min_body_rate`` times as many bytes.
-        min_body_rate: bytes per second, for bodies in both directions.
-        idle_timeout: seconds between an answer and the next request.
-    """
-
-    header_timeout: float = 10.0
-    body_timeout: float = 60.0
-    min_body_rate: float = 1024.0
-    idle_timeout: float = 50.0
 
 
 class Stage(Enum):

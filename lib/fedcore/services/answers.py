@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedcore.config import Settings
 from fedcore.models.history import ModelHistory
-from fedcore.net.device_http import Response
+from fedcore.net.routes import Response
 from fedcore.wire import codec
 from fedcore.wire.messages import (
     CipherPublicParams,

@@ -24,7 +24,7 @@ from fedcore.core.iteration import ClientSelected
 from fedcore.core.quorum import update_threshold
 from fedcore.errors import ArrayError, FedcoreError, MalformedRequest, StoreError
 from fedcore.ledger.ledger import Slot
-from fedcore.net.device_http import Response, Route, Sink
+from fedcore.net.routes import Response, Route, Sink
 from fedcore.observe.metrics import OUTCOMES, UNAVAILABLE, ServerMetrics
 from fedcore.services.answers import Answer, Answers
 from fedcore.services.iteration_driver import IterationDriver

@@ -22,7 +22,8 @@ from fedcore.ledger.ledger import Ledger
 from fedcore.models import checkpoints
 from fedcore.models.formats import ModelFile, read_model
 from fedcore.models.history import ModelHistory
-from fedcore.net.device_http import DeviceSite, Limits
+from fedcore.net.device_http import DeviceSite
+from fedcore.net.routes import Limits
 from fedcore.observe.metrics import ServerMetrics
 from fedcore.services.callbacks import Callback
 from fedcore.services.client_api import ClientApi, DevicePages, device_routes, update_limit

@@ -24,7 +24,8 @@ from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 
 from fedcore.errors import FedcoreError
-from fedcore.net.device_http import DeviceSite, Limits, Response, text_response
+from fedcore.net.device_http import DeviceSite
+from fedcore.net.routes import Limits, Response, text_response
 
 LIMIT = 1000
 PLENTY = 1 << 40

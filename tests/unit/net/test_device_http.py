@@ -12,7 +12,8 @@ from twisted.internet import defer
 from unit.net.rig import LIMIT, PEERS, FakeRoute, Peer, Rig, Room, chunked, post, replies
 
 from fedcore.errors import StoreUnavailable
-from fedcore.net.device_http import LINGER_BYTES, LINGER_S, MAX_HEAD, Response, text_response
+from fedcore.net.device_http import LINGER_BYTES, LINGER_S, MAX_HEAD
+from fedcore.net.routes import Response, text_response
 
 BODY = b"hello"
 HELD = 1 << 18  # bytes; no connection may hold more in memory, whatever its peer does
