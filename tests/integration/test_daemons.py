@@ -166,7 +166,7 @@ class TestMetrics:
         assert f'version="{__version__}"'.encode() in text
 
     def test_the_scheduler_has_some_too(self, cluster: Cluster) -> None:
-        cluster.start_scheduler()
+        cluster.start_scheduler(ready=False)
         assert cluster.get_http(cluster.scheduler_admin, "/livez") == (200, b'{"live":true}\n')
         status, body = cluster.get_http(cluster.scheduler_admin, "/readyz")
         assert (status, json.loads(body)["reasons"]) == (503, {"redis": "no connection to Redis"})

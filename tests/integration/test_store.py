@@ -476,14 +476,19 @@ class TestAccept:
     def test_elsewhere_nothing_is_accepted(
         self, ready: Shared, move: Callable[[Shared], object], number: int
     ) -> None:
-        ready.accept("a")
         move(ready)
-        for fl_id in "ab":
-            with pytest.raises(IterationMoved) as moved:
-                ready.accept(fl_id)
-            assert moved.value.number == number
+        with pytest.raises(IterationMoved) as moved:
+            ready.accept("a")
+        assert moved.value.number == number
         ready.set_status(iterationNum=5, runningState=0)
-        assert ready.read().iteration.uploaded == 1
+        assert ready.read().iteration.uploaded == 0
+
+    @pytest.mark.parametrize("running", [1, 2, 3])
+    def test_a_repeat_is_answered_while_the_job_does_not_run(self, ready: Shared, running: int) -> None:
+        """It counts; a server that only heard no would lose it, and with it the iteration."""
+        ready.accept("a")
+        ready.set_status(runningState=running)
+        assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
 
     def test_in_another_attempt_nothing_is_accepted(self, ready: Shared) -> None:
         ready.set_status(attempt=2)
