@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALL := @requirements/install.sh
 TESTERS ?= 2
 
-.PHONY: help demo test lint bench lock clean
+.PHONY: help demo test soak lint bench sample lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -21,6 +21,11 @@ test: ## all tests
 	$(INSTALL) dev.lock torch.txt
 	@$(BIN)/python -m pytest -n $(TESTERS) --dist loadgroup $(ARGS)
 
+soak: ## the crash and replay tests for longer:  make soak SECONDS=3600
+	$(INSTALL) dev.lock torch.txt
+	@FEDCORE_SOAK=$(or $(SECONDS),300) $(BIN)/python -m pytest -s tests/integration/test_crashes.py $(ARGS)
+	@FEDCORE_SOAK=10 $(BIN)/python -m pytest tests/unit/ledger tests/model/test_ledger_model.py -n $(TESTERS) $(ARGS)
+
 lint: ## style, format, types, direction of imports
 	$(INSTALL) dev.lock torch.txt
 	@$(BIN)/ruff check .
@@ -31,6 +36,10 @@ lint: ## style, format, types, direction of imports
 bench: ## the measurements of docs/PERFORMANCE.md that need no second machine
 	$(INSTALL) dev.lock
 	@for file in bench/*.py; do $(BIN)/python $$file $(ARGS) || exit; done
+
+sample: ## etc/fl.yaml.sample anew from the code
+	$(INSTALL) dev.lock torch.txt
+	@$(BIN)/python -c "from fedcore.config.sample import render_sample as r; print(r(), end='')" > etc/fl.yaml.sample
 
 lock: ## choose the versions anew that demo and test install:  make lock ARGS=--upgrade
 	$(INSTALL) dev.lock

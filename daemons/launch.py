@@ -189,7 +189,12 @@ def run(name: str, build: Callable[[Any], Daemon | None]) -> int:
     try:
         _start(daemon, reactor)
     except error.CannotListenError as problem:
-        print(f"{name}: cannot listen: {problem}", file=sys.stderr)
+        where = f"{problem.interface or '*'}:{problem.port}"
+        cause = problem.socketError.strerror or problem.socketError
+        print(
+            f"{name}: cannot listen at {where}: {cause}; choose another address or end what uses it",
+            file=sys.stderr,
+        )
         return 1
     notify_socket = os.environ.get("NOTIFY_SOCKET")
     reactor.addSystemEventTrigger("before", "shutdown", _stop, daemon, notify_socket)  # type: ignore[attr-defined]

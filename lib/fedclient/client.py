@@ -227,11 +227,17 @@ class Client:
             done.iteration, done.outcome, self._loss, self._accuracy, seconds, done.reason
         )
         self._loss = self._accuracy = self._began = None
-        log.info(
-            "iteration %d %s: loss %s, accuracy %s, %.3f s%s",
-            *(report.iteration, report.outcome.value, report.loss, report.accuracy, report.seconds),
-            f" ({report.reason})" if report.reason else "",
-        )
+        figures = {"loss": report.loss, "accuracy": report.accuracy}
+        told = "".join(f", {name} {value:.4g}" for name, value in figures.items() if value is not None)
+        if report.reason:
+            log.info("iteration %d: to be tried again: %s", report.iteration, report.reason)
+        else:
+            log.info(
+                "iteration %d: uploaded, and its model received%s, %.1f s",
+                report.iteration,
+                told,
+                report.seconds,
+            )
         if self._on_iteration is not None:
             self._on_iteration(report)
 

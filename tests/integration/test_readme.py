@@ -8,10 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from integration.cluster import wait_until
+from integration.cluster import Cluster, wait_until
 
+from fedclient import Client, Policy
+from fedcore.models.formats import write_model
 from fedctl.processes import find_redis_server, free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -114,3 +118,30 @@ def test_the_tour(shell: Shell) -> None:
             assert as_printed(printed, expected) or not shown, printed
     models = shell.run / "fl_ckpt"
     wait_until(lambda: list(models.glob("lenet_recovery_iteration_*.safetensors")), "the devices train", 80)
+
+
+def test_the_trainer_learns(tmp_path: Path) -> None:
+    """The README's own trainer, as it stands there, trains against a server."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    with Cluster(tmp_path, start_fl_job_threshold=1, fl_iteration_num=5) as cluster:
+        zeros = {"w": np.zeros(1, np.float32), "b": np.zeros(1, np.float32)}
+        write_model(tmp_path / "model.safetensors", zeros, set(), {})
+        cluster.start_redis()
+        cluster.start_server()
+        client = Client(
+            namespace["Line"](),
+            f"http://127.0.0.1:{cluster.http}",
+            fl_name="job",
+            policy=Policy(poll_interval=0.05),
+        )
+        assert client.run().completed == 5
+        weights = cluster.weights(5)
+    assert 0 < weights["w"][0] < 3 and 0 < weights["b"][0] < 1
+
+
+def test_relative_links_lead_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"

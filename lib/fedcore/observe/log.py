@@ -34,6 +34,7 @@ def start_logging(stream: TextIO, level: str) -> None:
     """
     observer: Any = ConsoleObserver(stream) if stream.isatty() else JsonObserver(stream)
     lowest: Any = LogLevelFilterPredicate(defaultLogLevel=LogLevel.levelWithName(level))
+    lowest.setLogLevelForNamespace("twisted.application.internet", LogLevel.warn)  # each attempt to reconnect
     lowest.setLogLevelForNamespace(
         "log_legacy", LogLevel.warn
     )  # Twisted's own "starting on", "connection made"

@@ -29,11 +29,18 @@ class _Factory(txredisapi.RedisFactory):
     initialDelay = 0.1
     maxDelay = 1.0
 
-    def __init__(self, changed: Callable[[bool], None], reply_timeout: float) -> None:
+    def __init__(
+        self, changed: Callable[[bool], None], failed: Callable[[int], None], reply_timeout: float
+    ) -> None:
         super().__init__(
             None, None, 1, isLazy=True, charset=None, replyTimeout=reply_timeout, convertNumbers=False
         )
         self._changed = changed
+        self._failed = failed
+
+    def retryDelay(self, attempt: int) -> float:
+        self._failed(attempt)
+        return float(super().retryDelay(attempt))
 
     def addConnection(self, conn: Any) -> None:
         """Take a connection into use once Redis has answered on it: a paused or loading one accepts them too."""
@@ -77,7 +84,7 @@ class Redis(Service):
         self.available = False
         self._endpoint = endpoint
         self._name = name
-        self._factory = _Factory(self._connection_changed, reply_timeout)
+        self._factory = _Factory(self._connection_changed, self._attempt_failed, reply_timeout)
         self._on_error = on_error
         self._waiting: list[defer.Deferred[None]] = []
 
@@ -127,6 +134,12 @@ class Redis(Service):
             else:
                 self._give_up_connection()
             raise StoreUnavailable(f"Redis: {error}") from error
+
+    def _attempt_failed(self, attempt: int) -> None:
+        if attempt in (1, 10) or attempt % 60 == 0:
+            self.log.warn(
+                "cannot connect to Redis at {address}; trying on", address=self._name, attempt=attempt
+            )
 
     def _give_up_connection(self) -> None:
         """Send nothing more on a connection that is late or out of step, and make a new one."""

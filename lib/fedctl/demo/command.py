@@ -188,7 +188,9 @@ def run(plan: Plan, directory: Path, view: View, outputs: Outputs) -> None:
         view.summarise(report)
         write(report, view, outputs)
         view.say(
-            "to look around" + (":" if outputs.stay else " while it runs (fl demo --stay keeps it running):")
+            "to look around:"
+            if outputs.stay
+            else "while it ran (fl demo --stay keeps it running) there was to look at:"
         )
         for command in commands_to_look_around(cluster.addresses):
             view.say(f"  {command}")

@@ -80,7 +80,7 @@ def test_one_line_is_logged_per_iteration(caplog):
         client_of(Script(*JOB)).run()
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
-        *(f"iteration {k} completed: loss 0.5, accuracy None, 1.000 s" for k in (1, 2, 3)),
+        *(f"iteration {k}: uploaded, and its model received, loss 0.5, 1.0 s" for k in (1, 2, 3)),
         "completed: iteration 3 was the last",
     ]
 
