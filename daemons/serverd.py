@@ -52,7 +52,7 @@ Examples:
 @launch.both_spellings(
     "--ledger-dir",
     type=click.Path(path_type=Path),
-    help="Folder of the update ledger; this version keeps it in memory and says so.",
+    help="Folder of the update ledgers, shared by the servers of a host; default: ledgers/ among the checkpoints.",
 )
 def main(**options: Any) -> None:
     """Serve devices: give out the model, take updates, publish the next model, go on."""
@@ -88,12 +88,13 @@ def build(options: dict[str, Any], callback: Callback, reactor: Any) -> launch.D
     if options["admin_address"]:
         admin = parse_address(options["admin_address"])
     model = options["model"] or (Path(own.model) if own.model else None)
-    if options["ledger_dir"] or own.ledger_dir:
-        launch.log.warn("this version keeps the update ledger in memory; the ledger folder is not used")
+    checkpoints = options["checkpoint_dir"] or Path(own.checkpoint_dir)
+    ledgers = options["ledger_dir"] or (Path(own.ledger_dir) if own.ledger_dir else checkpoints / "ledgers")
     tcp_ip = parse_host(options["tcp_server_ip"]) if options["tcp_server_ip"] else own.tcp_ip
     server_options = ServerOptions(
-        checkpoint_dir=options["checkpoint_dir"] or Path(own.checkpoint_dir),
+        checkpoint_dir=checkpoints,
         model=model,
+        ledger_dir=ledgers,
         tcp_ip=tcp_ip,
         tcp_port=port_of_instance(own.tcp_port, n),
     )

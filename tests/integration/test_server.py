@@ -348,12 +348,26 @@ class TestRestart:
         reply = cluster.start("one")
         assert (reply.iteration, reply.feature_map[0].data[0]) == (2, 4.0)
 
-    def test_in_mid_iteration_fails_that_iteration_by_name(self, cluster: Cluster) -> None:
+    def test_in_mid_iteration_loses_nothing(self, cluster: Cluster) -> None:
+        cluster.start("one", 30), cluster.start("two", 10)
+        assert cluster.update("one", 1, filled(9.0), 30).retcode == 200
+        cluster.kill("server")
+        cluster.start_server()
+        assert (
+            cluster.update("one", 1, filled(9.0)).retcode == 200
+        )  # a repeat, though another process took it
+        assert cluster.update("two", 1, filled(1.0)).retcode == 200
+        assert cluster.weights(1)["a.weight"][0] == 7.0
+        assert cluster.metric('fl_iterations_total{outcome="valid"}') == 1
+
+    def test_without_the_ledger_fails_that_iteration_by_name(self, cluster: Cluster) -> None:
         cluster.start("one"), cluster.start("two")
         assert cluster.update("one", 1, filled(9.0)).retcode == 200
         cluster.kill("server")
+        for ledger in (cluster.directory / "checkpoints" / "ledgers").iterdir():
+            ledger.unlink()
         cluster.start_server()
-        wait_until(lambda: cluster.metric("fl_iteration") == 2, "the next iteration")
+        wait_until(lambda: cluster.metric("fl_iteration") == 2, "the next iteration", 40)
         assert "Server that processed updateModel requests exited, current iteration: 1" in cluster.log()
         cluster.run_iteration(2, {"one": 1, "two": 1})
         assert cluster.weights(2)["a.weight"][0] == 1.0
@@ -362,7 +376,7 @@ class TestRestart:
         for k in range(1, 6):
             cluster.run_iteration(k, {"one": k, "two": k})
             cluster.weights(k)
-        names = sorted(path.name for path in (cluster.directory / "checkpoints").iterdir())
+        names = sorted(path.name for path in (cluster.directory / "checkpoints").glob("job_*"))
         assert [name.split("_")[3] for name in names] == ["3", "4", "5"]
         newest = load_newest(cluster.directory / "checkpoints", "job")
         assert newest.iteration == 5

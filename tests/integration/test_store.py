@@ -20,6 +20,8 @@ from fedcore.store.cluster_state import (
     ClientMeta,
     ClusterState,
     IterationMoved,
+    LeaseLapsed,
+    LedgerRevoked,
     Node,
     Reserve,
     StateMissing,
@@ -33,6 +35,7 @@ JOB_TTL, ITERATION_TTL = 300 + 604_800, 300 + 1_800
 META = ClientMeta(120, 7, 1_700_000_000_123)
 SOON = Reserve(60_000, 120_000, 5_000)  # told to return in a minute, and kept a place from now on
 LATER = Reserve(60_000, 1_000, 5_000)  # kept a place only from one second before
+OWNERS = {"L1": "node-1", "L2": "node-1", "L0": "node-2"}  # ledger -> server, of ``Shared.accepting``
 _numbers = itertools.count(1)
 
 
@@ -80,11 +83,42 @@ class Shared:
         requested: int = 5,
         quorum: int = 2,
         ledger_id: str = "L1",
+        node_id: str | None = None,
         fit: bool = True,
+        served: bool = True,
     ) -> Coroutine[Any, Any, tuple[Acceptance, int, ClientMeta | None]]:
-        return self.state.accept_upload(
-            number, attempt, requested, fl_id, quorum=quorum, ledger_id=ledger_id, fit=fit
-        )
+        """Ask as ``node_id``, else as the ledger's usual server; if ``served``, that one owns the ledger and lives."""
+        node = node_id or OWNERS[ledger_id]
+
+        async def ask() -> tuple[Acceptance, int, ClientMeta | None]:
+            if served:
+                await self.serving(ledger_id, node)
+            return await self.state.accept_upload(
+                number, attempt, requested, fl_id, quorum=quorum, ledger_id=ledger_id, node_id=node, fit=fit
+            )
+
+        return ask()
+
+    async def serving(self, ledger_id: str, node_id: str) -> None:
+        await self.state.own_ledger(ledger_id, node_id)
+        await self.state.heartbeat("server", node_id, "address")
+
+    def serve(self, ledger_id: str, node_id: str) -> None:
+        """A server lives and has a ledger that nobody else has."""
+        self.run(self.serving(ledger_id, node_id))
+
+    def die(self, node_id: str) -> None:
+        """A server's heart stands still, for as long as its lease would hold."""
+        self.command("PEXPIRE", self.state.keys.heartbeat("server", node_id), 0)
+
+    def own(self, ledger_id: str, node_id: str, before: str = "") -> bool:
+        return self.run(self.state.own_ledger(ledger_id, node_id, before))  # type: ignore[no-any-return]
+
+    def owner(self, ledger_id: str) -> str:
+        return self.run(self.state.ledger_owner(ledger_id))  # type: ignore[no-any-return]
+
+    def counted(self, ledger_id: str, *fl_ids: str, number: int = 5) -> dict[str, ClientMeta]:
+        return self.run(self.state.counted(number, ledger_id, fl_ids))  # type: ignore[no-any-return]
 
     def accept(self, fl_id: str, **given: Any) -> tuple[Acceptance, int, ClientMeta | None]:
         return self.run(self.accepting(fl_id, **given))  # type: ignore[no-any-return]
@@ -497,9 +531,11 @@ class TestAccept:
         assert ready.accept("a", attempt=2)[0] is Acceptance.ACCEPTED
 
     def test_without_a_status_the_caller_is_told(self, shared: Shared) -> None:
+        shared.serve("L1", "node-1")
+        before = shared.names()
         with pytest.raises(StateMissing):
-            shared.accept("a")
-        assert shared.names() == set()
+            shared.accept("a", served=False)
+        assert shared.names() == before
 
     def test_the_first_update_starts_the_clock_once(self, ready: Shared) -> None:
         ready.accept("a")
@@ -507,6 +543,165 @@ class TestAccept:
         ready.accept("b")
         assert ready.command("HGET", ready.state.keys.status, "firstUploadMs") == began
         assert ready.ttl(ready.state.keys.uploads(5)) == pytest.approx(ITERATION_TTL, abs=2)
+
+
+class TestOwners:
+    """A ledger has one owner, and changes hands by compare-and-set."""
+
+    def test_nobody_owns_a_ledger_at_first(self, shared: Shared) -> None:
+        assert shared.owner("L1") == ""
+        assert not shared.own("L1", "node-1", before="node-2")
+        assert shared.names() == set()
+
+    def test_what_has_no_owner_can_be_had(self, shared: Shared) -> None:
+        assert shared.own("L1", "node-1")
+        assert (shared.owner("L1"), shared.owner("L2")) == ("node-1", "")
+        assert shared.ttl(shared.state.keys.ledgers) == pytest.approx(JOB_TTL, abs=2)
+
+    def test_what_somebody_owns_goes_only_to_who_names_him(self, shared: Shared) -> None:
+        assert shared.own("L1", "node-1")
+        for before in ("", "node-3", "node-2"):
+            assert not shared.own("L1", "node-2", before=before)
+        assert shared.owner("L1") == "node-1"
+        assert shared.own("L1", "node-2", before="node-1")
+        assert shared.owner("L1") == "node-2"
+        assert not shared.own("L1", "node-1"), "the one who lost it may not claim it back"
+
+    @pytest.mark.parametrize("before", ["", "node-1", "node-3"])
+    def test_a_repeat_is_answered_as_before(self, shared: Shared, before: str) -> None:
+        """The first reply may have been lost."""
+        assert shared.own("L1", "node-1")
+        assert shared.own("L1", "node-1", before=before)
+        assert shared.owner("L1") == "node-1"
+
+    def test_each_claim_renews_the_list(self, shared: Shared) -> None:
+        shared.own("L1", "node-1")
+        shared.command("EXPIRE", shared.state.keys.ledgers, 60)
+        assert not shared.own("L1", "node-2")
+        assert shared.ttl(shared.state.keys.ledgers) <= 60
+        assert shared.own("L1", "node-1")
+        assert shared.ttl(shared.state.keys.ledgers) == pytest.approx(JOB_TTL, abs=2)
+
+    def test_of_many_heirs_only_one_wins(self, shared: Shared) -> None:
+        shared.own("L1", "dead")
+        won = shared.together([shared.state.own_ledger("L1", f"n{i}", "dead") for i in range(50)])
+        assert won.count(True) == 1
+        assert shared.owner("L1") == f"n{won.index(True)}"
+
+    def test_a_forgotten_one_is_like_a_new_one(self, shared: Shared) -> None:
+        shared.own("L1", "node-1")
+        shared.own("L2", "node-1")
+        for _ in range(2):
+            shared.run(shared.state.forget_ledger("L1"))
+        assert (shared.owner("L1"), shared.owner("L2")) == ("", "node-1")
+        assert shared.own("L1", "node-2")
+
+    def test_a_lease_lasts_as_long_as_the_heart_beats(self, shared: Shared) -> None:
+        assert not shared.run(shared.state.is_alive("server", "n"))
+        shared.run(shared.state.heartbeat("server", "n", "addr"))
+        assert shared.run(shared.state.is_alive("server", "n"))
+        assert not shared.run(shared.state.is_alive("worker", "n"))
+        assert not shared.run(shared.state.is_alive("server", "m"))
+        shared.die("n")
+        assert not shared.run(shared.state.is_alive("server", "n"))
+        shared.run(shared.state.heartbeat("server", "n", "addr"))
+        shared.run(shared.state.leave("server", "n"))
+        assert not shared.run(shared.state.is_alive("server", "n"))
+
+
+class TestWhoMayHaveUpdatesCounted:
+    @pytest.fixture
+    def ready(self, open_five: Shared) -> Shared:
+        """Two clients have places; node-1 owns L1, node-2 owns L2."""
+        for fl_id in "ab":
+            open_five.select(fl_id)
+        open_five.serve("L1", "node-1")
+        open_five.serve("L2", "node-2")
+        return open_five
+
+    def ask(self, shared: Shared, fl_id: str, ledger_id: str, node_id: str) -> Acceptance:
+        """Ask as a server that does nothing for its ownership and its lease."""
+        return shared.accept(fl_id, ledger_id=ledger_id, node_id=node_id, served=False)[0]
+
+    def refused(self, shared: Shared, error: type[Exception], ledger_id: str, node_id: str) -> None:
+        """Nothing is counted, whatever is asked."""
+        before = shared.read().iteration
+        for details in ({}, {"fit": False}, {"requested": 4}, {"number": 6}, {"attempt": 2}):
+            with pytest.raises(error):
+                shared.accept("b", ledger_id=ledger_id, node_id=node_id, served=False, **details)
+        assert shared.read().iteration == before
+
+    def test_the_owner_while_its_lease_holds(self, ready: Shared) -> None:
+        assert self.ask(ready, "a", "L1", "node-1") is Acceptance.ACCEPTED
+        assert self.ask(ready, "b", "L2", "node-2") is Acceptance.ACCEPTED
+
+    def test_not_another_server(self, ready: Shared) -> None:
+        self.refused(ready, LedgerRevoked, "L1", "node-2")
+
+    def test_not_one_whose_ledger_is_not_on_the_list(self, ready: Shared) -> None:
+        self.refused(ready, LedgerRevoked, "L3", "node-1")
+        ready.run(ready.state.forget_ledger("L1"))
+        self.refused(ready, LedgerRevoked, "L1", "node-1")
+        ready.serve("L1", "node-1")
+        assert self.ask(ready, "b", "L1", "node-1") is Acceptance.ACCEPTED
+
+    def test_not_one_whose_ledger_was_taken_over(self, ready: Shared) -> None:
+        """From the moment of the takeover the heir may rely on what is counted: nothing comes after it."""
+        assert self.ask(ready, "a", "L1", "node-1") is Acceptance.ACCEPTED
+        assert ready.own("L1", "node-2", before="node-1")
+        self.refused(ready, LedgerRevoked, "L1", "node-1")
+        with pytest.raises(LedgerRevoked):
+            self.ask(ready, "a", "L1", "node-1")  # not even a repeat: the update is the heir's
+        assert set(ready.counted("L1", "a", "b")) == {"a"}
+
+    def test_not_one_whose_lease_has_run_out(self, ready: Shared) -> None:
+        assert self.ask(ready, "a", "L1", "node-1") is Acceptance.ACCEPTED
+        ready.die("node-1")
+        self.refused(ready, LeaseLapsed, "L1", "node-1")
+        with pytest.raises(LeaseLapsed):
+            self.ask(ready, "a", "L1", "node-1")
+        ready.run(ready.state.heartbeat("server", "node-1", "address"))
+        for fl_id in "ab":
+            assert self.ask(ready, fl_id, "L1", "node-1") is Acceptance.ACCEPTED
+
+    def test_that_a_ledger_was_revoked_is_said_before_that_the_lease_has_run_out(self, ready: Shared) -> None:
+        """A lapsed lease comes back with the next heartbeat; a revoked ledger does not."""
+        ready.die("node-1")
+        assert ready.own("L1", "node-2", before="node-1")
+        self.refused(ready, LedgerRevoked, "L1", "node-1")
+
+    def test_a_worker_s_heart_is_no_server_s_lease(self, ready: Shared) -> None:
+        ready.die("node-1")
+        ready.run(ready.state.heartbeat("worker", "node-1", "address"))
+        self.refused(ready, LeaseLapsed, "L1", "node-1")
+
+    def test_a_repeat_to_another_server_is_known_whoever_that_is(self, ready: Shared) -> None:
+        assert self.ask(ready, "a", "L1", "node-1") is Acceptance.ACCEPTED
+        assert self.ask(ready, "a", "L2", "node-2") is Acceptance.REPEATED
+        assert self.ask(ready, "a", "L3", "node-3") is Acceptance.REPEATED, "neither owner nor alive"
+        ready.die("node-1")  # the update counts all the same
+        assert self.ask(ready, "a", "L2", "node-2") is Acceptance.REPEATED
+        assert ready.run(ready.state.uploads_by_ledger(5)) == {"L1": 1}
+
+    def test_a_repeat_to_the_heir_of_the_ledger_is_known_there(self, ready: Shared) -> None:
+        assert self.ask(ready, "a", "L1", "node-1") is Acceptance.ACCEPTED
+        assert ready.own("L1", "node-2", before="node-1")
+        assert self.ask(ready, "a", "L1", "node-2") is Acceptance.ACCEPTED  # it knows what it holds
+        assert ready.read().iteration.uploaded == 1
+
+    def test_of_what_a_ledger_recorded_the_counted_are_told(self, ready: Shared) -> None:
+        self.ask(ready, "a", "L1", "node-1")
+        self.ask(ready, "b", "L2", "node-2")
+        assert ready.counted("L1", "a", "b", "stranger") == {"a": META}
+        assert ready.counted("L2", "stranger", "b", "a", "b") == {"b": META}
+        assert ready.counted("L3", "a", "b") == {}
+        assert ready.counted("L1") == {}
+        assert ready.counted("L1", "a", number=6) == {}
+
+    def test_what_was_counted_is_told_while_the_ended_iteration_is_remembered(self, ready: Shared) -> None:
+        self.ask(ready, "a", "L1", "node-1")
+        ready.advance()
+        assert ready.counted("L1", "a") == {"a": META}
 
 
 class TestPhases:
@@ -688,7 +883,7 @@ class TestJob:
         shared.run(shared.state.heartbeat("worker", "w", "w"))
         shared.select("a", places=1)
         shared.select("b", places=1)
-        shared.accept("a")
+        shared.accept("a", node_id="n")
         assert shared.names() == {
             f"ms_fl:{job}:InstanceName:String",
             f"ms_fl:{job}:i_1:status:Hash",
@@ -698,6 +893,7 @@ class TestJob:
             f"ms_fl:{job}:i_1:worker:Hash",
             f"ms_fl:{job}:i_1:worker:heartbeat:w:String",
             f"ms_fl:{job}:i_1:waiting:ZSet",
+            f"ms_fl:{job}:i_1:ledgers:Hash",
             f"ms_fl:{job}:i_1:5:clients:Hash",
             f"ms_fl:{job}:i_1:5:uploads:Hash",
         }

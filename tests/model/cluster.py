@@ -8,7 +8,7 @@ one after another, asks again what was not answered, and looks at the shared sta
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TypeVar
@@ -52,6 +52,8 @@ class SharedState:
     """What Redis holds of one job; every method is one atomic step.
 
     Attributes:
+        owners: ledger id -> node id.
+        leases: ids of the servers whose heartbeat has not run out.
         completed: iteration -> when its quorum was reached; only the tests look at it.
     """
 
@@ -61,6 +63,8 @@ class SharedState:
         self.clients: dict[int, dict[str, str]] = {}
         self.uploads: dict[int, dict[str, str]] = {}
         self.waiting: dict[str, float] = {}
+        self.owners: dict[str, str] = {}
+        self.leases: set[str] = set()
         self.completed: dict[int, float] = {}
 
     def create(self, number: int, success: bool, result: str, running: RunningState) -> bool:
@@ -108,12 +112,24 @@ class SharedState:
         return "selected", len(clients)
 
     def accept_upload(
-        self, number: int, attempt: int, requested: int, fl_id: str, quorum: int, ledger_id: str, fit: bool
+        self,
+        number: int,
+        attempt: int,
+        requested: int,
+        fl_id: str,
+        quorum: int,
+        ledger_id: str,
+        node_id: str,
+        fit: bool,
     ) -> tuple[str, int, str]:
         """accept_upload.lua"""
         holder = self.uploads.get(requested, {}).get(fl_id)
         if holder is not None and (holder != ledger_id or requested != number):
             return "repeated", 0, holder
+        if self.owners.get(ledger_id) != node_id:
+            return "revoked", 0, ""
+        if node_id not in self.leases:
+            return "lapsed", 0, ""
         status = self.status
         if status is None:
             return "missing", 0, ""
@@ -139,6 +155,22 @@ class SharedState:
             self.completed[number] = self.clock()
         return "accepted", len(uploads), clients[fl_id]
 
+    def heartbeat(self, node_id: str) -> None:
+        """heartbeat.lua, as far as the lease goes."""
+        self.leases.add(node_id)
+
+    def own_ledger(self, ledger_id: str, node_id: str, before: str = "") -> bool:
+        """own_ledger.lua"""
+        if self.owners.get(ledger_id, "") not in (before, node_id):
+            return False
+        self.owners[ledger_id] = node_id
+        return True
+
+    def counted(self, number: int, ledger_id: str, fl_ids: Sequence[str]) -> dict[str, str]:
+        """Two HMGETs: what the clients declared whose update lies in this ledger."""
+        uploads, clients = self.uploads.get(number, {}), self.clients.get(number, {})
+        return {fl_id: clients[fl_id] for fl_id in fl_ids if uploads.get(fl_id) == ledger_id}
+
     def count_by_ledger(self, number: int) -> dict[str, int]:
         """count_by_ledger.lua"""
         holders = list(self.uploads.get(number, {}).values())
@@ -158,13 +190,11 @@ class SharedState:
         return True
 
     def advance(
-        self, number: int, attempt: int, success: bool, result: str, finishes: bool, phase: Phase | None
+        self, number: int, attempt: int, phase: Phase, success: bool, result: str, finishes: bool
     ) -> bool:
         """advance.lua"""
         status = self.status
-        if status is None or (status.number, status.attempt) != (number, attempt):
-            return False
-        if phase is not None and status.phase is not phase:
+        if status is None or (status.number, status.attempt, status.phase) != (number, attempt, phase):
             return False
         running = RunningState.FINISH if finishes else status.running
         self.status = Status(number + 1, running=running, success=success, result=result)
@@ -269,6 +299,8 @@ class Server:
         shared = self.world.shared
         try:
             self.line.call(lambda: shared.create(1, True, "", RunningState.RUNNING))
+            self.line.call(lambda: shared.heartbeat(self.id))
+            self.line.call(lambda: shared.own_ledger(self.id, self.id))
             seen = self.look()
         except Lost:
             return
@@ -314,11 +346,19 @@ class Server:
         try:
             word, count, _ = self.line.call(
                 lambda: self.world.shared.accept_upload(
-                    number, question.attempt, number, fl_id, self.world.policy.update_threshold, self.id, True
+                    number,
+                    question.attempt,
+                    number,
+                    fl_id,
+                    self.world.policy.update_threshold,
+                    ledger_id=self.id,
+                    node_id=self.id,
+                    fit=True,
                 )
             )
         except Lost:
             return
+        assert word not in ("revoked", "lapsed"), "who has joined owns its ledger and lives"
         self.questions.remove(question)
         if word in ("accepted", "repeated"):
             self.world.promised.setdefault(number, set()).add(fl_id)
@@ -328,6 +368,11 @@ class Server:
             )
             self.ledger.add(fl_id)
             self.note(core.UploadCounted(number, count))
+
+    def ask_again(self) -> None:
+        """Ask what has not been answered."""
+        for question in list(self.questions):
+            self.ask(question)
 
     # ---- the machine
 
@@ -348,7 +393,13 @@ class Server:
             elif self.events and not self.effects:
                 self.step(self.events.popleft())
             else:
-                return
+                break
+        if (
+            self.effects
+            and not self.line.up
+            and not isinstance(self.effects[0], core.Reduce | core.MakeDurable)
+        ):
+            self.astray = True  # it is tried at once, in vain
 
     def step(self, event: core.Event) -> None:
         self.iteration, effects = core.step(self.iteration, event, self.world.now, self.world.policy)
@@ -373,20 +424,22 @@ class Server:
         self.work()
 
     def tick(self) -> None:
-        """What happens once a second."""
+        """What happens once a second: first a look at the shared state, then at the clock.
+
+        The other way round a copy that is out of date, as after an outage, could end a complete iteration.
+        """
         if not self.joined:
             self.join()
             return
-        self.note(core.TimePassed())
         try:
-            for question in list(self.questions):
-                self.ask(question)
+            self.ask_again()
             if not self.busy and (seen := self.look_again()) is not None:
                 self.note(seen)
             if not self.busy and self.updates_are_lost():
                 self.note(core.UpdatesLost())
         except Lost:
-            return
+            pass
+        self.note(core.TimePassed())
 
     def look(self) -> core.Observed:
         """Read the shared state, with this server's own clock."""
@@ -449,7 +502,7 @@ class Server:
                 return core.CandidateDurable()
             case core.Advance(number, attempt, success, result, finishes, phase):
                 done = call(
-                    lambda: self.world.advance(self, number, attempt, success, result, finishes, phase)
+                    lambda: self.world.advance(self, number, attempt, phase, success, result, finishes)
                 )
                 return core.Advanced(success, result) if done else self.look_again()
         raise AssertionError(effect)
@@ -517,14 +570,14 @@ class World:
         by: Server,
         number: int,
         attempt: int,
+        phase: Phase,
         success: bool,
         result: str,
         finishes: bool,
-        phase: Phase | None,
     ) -> bool:
         """Advance the shared state, and keep the record of it."""
         status = self.shared.status
-        done = self.shared.advance(number, attempt, success, result, finishes, phase)
+        done = self.shared.advance(number, attempt, phase, success, result, finishes)
         if done:
             assert status is not None
             self.started[number] = status.started

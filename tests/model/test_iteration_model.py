@@ -133,6 +133,7 @@ class ClusterHistory(RuleBasedStateMachine):
             if server.busy and not server.line.up:
                 server.perform()  # what was under way has failed meanwhile
             server.line.up = True
+            server.tick()
 
     @rule(index=HOSTS, again=st.booleans())
     def a_server_is_killed(self, index: int, again: bool) -> None:
@@ -227,8 +228,8 @@ class ClusterHistory(RuleBasedStateMachine):
             if host not in world.servers:
                 world.start(host)
         for server in world.servers.values():
-            server.line.up = True
             server.line.mend()
+        self.connections_come_back()
         self.calm_second()
         status = world.shared.status
         assert status is not None

@@ -416,7 +416,10 @@ class ServerSettings:
     )
     checkpoint_dir: str = option("./fl_ckpt", "Folder of the published models.")
     model: str = option("", "File of the initial model, empty for none.")
-    ledger_dir: str = option("", "Folder of the update ledgers, empty for none.")
+    ledger_dir: str = option(
+        "",
+        "Folder of the update ledgers, shared by the servers of a host; empty: ledgers/ in checkpoint_dir.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,6 +470,11 @@ class LedgerSettings:
         unit="bytes",
         limits=Limits(1 << 20, 1 << 50),
         parse=parse_size,
+    )
+    fsync: bool = option(
+        False,
+        "Wait until an update has reached the disk before it is answered: it then survives a power cut of the host, "
+        "not only the end of the process. Useless on tmpfs.",
     )
 
 

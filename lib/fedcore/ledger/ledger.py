@@ -1,54 +1,91 @@
-"""Where accepted updates live until their iteration has a model.
+"""A ledger: the accepted updates of one server in one iteration, in a form that outlives the process.
 
-An update passes four steps: its body is *received* into a slot, *accepted* once the shared state has counted it,
-*merged* into the running sum, and the sum is *sealed* when the quorum is reached. The rest of the server knows only
-these steps. This ledger keeps slots and sums in the memory of the process: an update is lost with its server.
+An update passes these steps, each a few writes whose order is what makes a crash harmless:
+
+    receive   its body goes into a slot
+    record    the slot's entry says what is in it             record, RECEIVED
+    accept    the shared state has counted it                 meta, ACCEPTED
+    merge     it enters the other accumulator                 sums, merged_in, trailer, then the generation
+    seal      the sums are read
+
+``record`` comes before the shared state is asked and ``accept`` after its answer; what is RECEIVED and no more after
+a crash must be asked about again. The rules for reading are in ``layout.examine``. All writes but those of bodies
+go through ``Storage.write``; what lies in a slot is believed only with the checksum that ``record`` took of it.
 """
 
 from __future__ import annotations
 
 import uuid
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
-from fedcore.aggregation.fedavg import RunningSum, WeightedUpdate
-from fedcore.errors import LocalError
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from fedcore.aggregation.fedavg import Spans
+from fedcore.errors import LocalError, PeerError
+from fedcore.ledger import layout
+from fedcore.ledger.layout import Damaged, Entry, Epoch, Record, Shape, SlotState, Totals
 from fedcore.wire.arrays import Floats, Layout
 
 MERGE_BATCH = 8  # updates added per pass over the sums; more gain nothing in throughput
-_LEAST_SLOTS = 4
+BLOCK = (
+    65_536  # elements; a block of float64 sums (512 KiB) stays in the cache while several updates are added
+)
+_WORD = 8
+
+
+class Storage(Protocol):
+    """Bytes that outlive the process."""
+
+    buffer: memoryview
+
+    def write(self, at: int, data: bytes | memoryview) -> None:
+        """Write bytes; eight bytes at a multiple of eight are one store that no crash can tear."""
+        ...
+
+    def sync(self) -> None:
+        """Return when everything written is as safe as this storage makes it."""
+        ...
 
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """Memory for one body.
+    """Room for one body.
 
     Attributes:
-        buffer: writable bytes, as long as the longest body.
-        length: bytes of the body that is in it.
+        number: of the slot.
+        buffer: its bytes; whoever receives the body writes here, at any pace, as nothing in a slot is believed
+            before ``record`` has said what is in it.
+        ledger_id: whose slot it is.
+        length: bytes that are in it.
     """
 
+    number: int
     buffer: memoryview
+    ledger_id: str
     length: int = 0
 
     @property
     def body(self) -> memoryview:
-        """The received bytes."""
-        return self.buffer[: self.length]
+        """What was received, read-only."""
+        return self.buffer[: self.length].toreadonly()
 
 
 @dataclass(frozen=True, slots=True)
-class Upload:
-    """One accepted update, its arrays still lying in its slot.
+class Update:
+    """One update that the shared state has counted, its arrays still lying in its slot.
 
     Attributes:
         fl_id: the client.
-        weights: name -> float32[n], each value times ``data_size``.
+        weights: name -> float32[n], each value times ``data_size``; any subset of the model.
         data_size: training samples, 1..65535.
         eval_data_size: evaluation samples, >= 0.
         loss: the client's training loss.
-        accuracy: the client's accuracy of the model that it trained from, 0..1.
+        accuracy: the client's accuracy, 0..1.
     """
 
     fl_id: str
@@ -59,175 +96,323 @@ class Upload:
     accuracy: float
 
 
-@dataclass(slots=True)
-class Totals:
-    """What is known of the updates in a sum, beside the sum.
-
-    Attributes:
-        count: updates.
-        data_size: training samples of all.
-        eval_data_size: evaluation samples of all.
-        loss: sum of loss times data size.
-        accuracy: sum of accuracy times evaluation size.
-        fl_ids: the clients.
-    """
-
-    count: int = 0
-    data_size: int = 0
-    eval_data_size: int = 0
-    loss: float = 0.0
-    accuracy: float = 0.0
-    fl_ids: set[str] = field(default_factory=set)
-
-    def include(self, upload: Upload) -> None:
-        """Count one more update."""
-        self.count += 1
-        self.data_size += upload.data_size
-        self.eval_data_size += upload.eval_data_size
-        self.loss += upload.loss * upload.data_size
-        self.accuracy += upload.accuracy * upload.eval_data_size
-        self.fl_ids.add(upload.fl_id)
-
-
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """A sealed sum: all updates of one ledger in one iteration and attempt."""
+    """A sealed sum: all updates of one ledger in one iteration and attempt.
+
+    Attributes:
+        ledger_id: the ledger.
+        iteration: of the updates.
+        attempt: of the iteration.
+        totals: of the updates.
+        sums: float64[aggregated elements], valid until the ledger begins another epoch.
+        sizes: uint64[aggregated weights], data size per weight.
+        clients: client hashes.
+    """
 
     ledger_id: str
     iteration: int
     attempt: int
-    sums: RunningSum
     totals: Totals
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Merge:
-    """Accepted updates on their way into the sums.
-
-    Attributes:
-        sums: where they go; those of the iteration that they were accepted in.
-        updates: what is added.
-        slots: where they lie.
-    """
-
-    sums: RunningSum
-    updates: list[WeightedUpdate]
-    slots: list[Slot]
-
-    def run(self) -> None:
-        """Add them; in any thread."""
-        self.sums.add(self.updates)
+    sums: npt.NDArray[np.float64]
+    sizes: npt.NDArray[np.uint64]
+    clients: tuple[bytes, ...]
 
 
 class Ledger:
-    """The updates of one server, in memory.
+    """One ledger in one storage.
 
-    One merge may be under way at a time, in a thread of its own; everything else happens in one thread.
+    ``merge`` may run in another thread, one call at a time, while ``receive``, ``record``, ``accept`` and ``release``
+    go on; ``begin``, ``seal`` and ``reuse`` wait for its end.
 
     Attributes:
-        id: names this ledger in the shared state; new with every process.
-        slot_size: bytes of the longest body.
+        id: 32 hex digits, the ledger's name in the shared state.
+        shape: its measures.
     """
 
-    def __init__(self, layout: Layout, slot_size: int, memory_budget: int) -> None:
-        """Make an empty ledger.
-
-        Args:
-            layout: the model.
-            slot_size: bytes of the longest body.
-            memory_budget: bytes that the slots may take together; there are never fewer than four.
-        """
-        self.id = uuid.uuid4().hex
-        self.slot_size = slot_size
-        self._slots_left = max(_LEAST_SLOTS, memory_budget // slot_size)
-        self._free: list[Slot] = []
-        self._accepted: deque[tuple[Slot, Upload]] = deque()
-        self._layout = layout
-        self._sums = RunningSum(layout)
-        self._merge: Merge | None = None
+    def __init__(self, storage: Storage, model: Layout, ledger_id: str, shape: Shape) -> None:
+        """Use ``create`` or ``recover``."""
+        self.id = ledger_id
+        self.shape = shape
+        self._storage = storage
+        self._spans = Spans(model)
+        self._generation = layout.read_generation(storage.buffer)
+        self._epoch: Epoch | None = None
+        self._begun = 0  # generation with which the epoch began
         self._totals = Totals()
-        self._iteration = 0
-        self._attempt = 0
+        self._empty = True
+        self._lines = b""  # the client list
+        self._listed = [0, 0]  # how much of it stands in each accumulator
+        self._sizes = np.zeros(shape.weights, np.uint64)
+        self._held: set[bytes] = set()  # client hashes
+        self._free = list(range(shape.slots))[::-1]
+        self._accepted: deque[tuple[Slot, Update]] = deque()
+        self._scratch = np.empty(BLOCK, np.float64)
         self._sealed = True
 
-    def begin(self, iteration: int, attempt: int) -> None:
-        """Start an iteration with empty sums; what is left of the one before is forgotten.
+    @classmethod
+    def create(cls, storage: Storage, model: Layout, shape: Shape) -> Ledger:
+        """Make an empty ledger in a storage of ``shape.size`` bytes."""
+        ledger_id = uuid.uuid4()
+        storage.write(0, layout.header_bytes(shape, ledger_id.bytes))
+        storage.sync()
+        return cls(storage, model, ledger_id.hex, shape)
 
-        A merge that is still under way ends in the sums of its own iteration, which nobody reads any more.
-        """
-        while self._accepted:
-            self.release(self._accepted.popleft()[0])
-        if self._merge is None:
-            self._sums.clear()  # fresh memory would cost several times as much
-        else:
-            self._sums = RunningSum(self._layout)
-        self._totals = Totals()
-        self._iteration, self._attempt, self._sealed = iteration, attempt, False
+    @classmethod
+    def recover(cls, storage: Storage, model: Layout, epoch: Epoch) -> tuple[Ledger, tuple[Entry, ...]]:
+        """Take up what another process left of an epoch.
 
-    def receive(self) -> Slot | None:
-        """Return a slot to receive a body into, or None while all are in use."""
-        if self._free:
-            return self._free.pop()
-        if not self._slots_left:
-            return None
-        self._slots_left -= 1
-        return Slot(memoryview(bytearray(self.slot_size)))
-
-    def release(self, slot: Slot) -> None:
-        """Take back a slot whose body was not accepted."""
-        slot.length = 0
-        self._free.append(slot)
-
-    def accept(self, slot: Slot, upload: Upload) -> None:
-        """Keep an update that the shared state has counted; the slot is freed after the merge.
+        Returns:
+            The ledger, to be settled, merged and sealed, and its entries that ``settle`` asks for.
 
         Raises:
-            LocalError: the sums are sealed; the caller let an update in that it may not.
+            Damaged: nothing of it can be believed, or it is of another epoch.
         """
-        if self._sealed:
-            raise LocalError("an update was accepted into a sealed ledger")
-        self._totals.include(upload)
-        self._accepted.append((slot, upload))
+        shape, found = layout.examine(storage.buffer)
+        if found.origin != epoch.origin:
+            raise Damaged(f"the ledger holds iteration {found.iteration}, attempt {found.attempt}")
+        ledger = cls(storage, model, found.ledger_id, shape)
+        ledger._epoch, ledger._begun = epoch, found.begun
+        ledger._totals, ledger._empty = found.totals, found.empty
+        start = shape.accumulator_at(found.generation)
+        listed = layout.CLIENT_SIZE * found.totals.count
+        ledger._lines = bytes(storage.buffer[start + shape.clients_at :][:listed])
+        ledger._listed[found.generation % 2] = listed
+        ledger._sizes = layout.sizes_of(storage.buffer, shape, found.generation).copy()
+        ledger._held = set(found.clients)
+        pending = {entry.slot for entry in found.pending}
+        ledger._free = [number for number in ledger._free if number not in pending]
+        ledger._sealed = False
+        return ledger, found.pending
+
+    # ---- an epoch
+
+    def begin(self, epoch: Epoch) -> None:
+        """Start an iteration with empty sums; what is left of the one before is forgotten."""
+        generation = self._generation + 1
+        for slot, _ in self._accepted:
+            self._merged_in(slot, generation)  # in no sum, but as final
+        self._epoch, self._begun = epoch, generation
+        self._listed = [0, 0]
+        self._commit(None, Totals(), b"", np.zeros(self.shape.weights, np.uint64))
+        while self._accepted:
+            self._free.append(self._accepted.popleft()[0].number)
+        self._held.clear()
+        self._sealed = False
+
+    def seal(self) -> Partial:
+        """Close the epoch and return its sums.
+
+        Raises:
+            LocalError: there are updates left to merge.
+        """
+        if self._accepted or self._epoch is None:
+            raise LocalError("a ledger was sealed before its updates were merged")
+        self._sealed = True
+        if self._empty:
+            sums = np.zeros(self.shape.floats, np.float64)
+        else:
+            sums = layout.sums_of(self._storage.buffer, self.shape, self._generation)
+        step = layout.CLIENT_SIZE
+        clients = tuple(self._lines[i : i + 16] for i in range(0, len(self._lines), step))
+        epoch = self._epoch
+        return Partial(self.id, epoch.iteration, epoch.attempt, self._totals, sums, self._sizes, clients)
+
+    # ---- one update
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that can be had."""
+        return len(self._free)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the ledger holds no update."""
+        return not self._totals.count and not self._accepted
+
+    def owns(self, slot: Slot) -> bool:
+        """Tell whether a slot is one of this ledger's."""
+        return slot.ledger_id == self.id
+
+    def receive(self) -> Slot | None:
+        """Return a slot, or None while all are in use."""
+        return self._slot(self._free.pop()) if self._free else None
+
+    def _slot(self, number: int, length: int = 0) -> Slot:
+        at = self.shape.body_at(number)
+        return Slot(number, self._storage.buffer[at : at + self.shape.slot_size], self.id, length)
+
+    def record(self, slot: Slot, fl_id: str, loss: float, accuracy: float, decoder: int = 0) -> None:
+        """Say in the file what is in a slot, before the shared state is asked to count it."""
+        if self._epoch is None:
+            raise LocalError("an update came before the ledger had an iteration")
+        body = layout.checksum(slot.body)
+        record = Record(decoder, slot.length, loss, accuracy, self._begun, body, fl_id)
+        payload = layout.record_bytes(record)
+        self._storage.write(self.shape.entry_at(slot.number) + layout.PAYLOAD, payload)
+        self._word(slot, layout.STATE, SlotState.RECEIVED)
+
+    def sync(self) -> None:
+        """Return when the recorded updates are safe; nothing to do but on a disk."""
+        self._storage.sync()
+
+    def accept(self, slot: Slot, update: Update) -> None:
+        """Keep an update that the shared state has counted; its slot is the ledger's until it is merged.
+
+        Raises:
+            LocalError: the sums are sealed, the client's update is here already, or the ledger lists no more
+                clients; the caller let an update in that it may not.
+        """
+        client = layout.client_hash(update.fl_id)
+        if self._sealed or client in self._held or len(self._held) >= self.shape.clients:
+            raise LocalError("an update was accepted into a ledger that is sealed, full or has it already")
+        meta = layout.meta_word(update.data_size, update.eval_data_size)
+        self._word(slot, layout.META, meta)
+        self._word(slot, layout.STATE, layout.accepted_word(self._record_sum(slot), meta))
+        self._held.add(client)
+        self._accepted.append((slot, update))
+
+    def release(self, slot: Slot) -> None:
+        """Take back a slot whose body does not count."""
+        self._word(slot, layout.STATE, SlotState.FREE)
+        self._free.append(slot.number)
+
+    def release_entry(self, entry: Entry) -> None:
+        """Free the slot of an entry that ``recover`` found and that was never counted."""
+        self.release(self._slot(entry.slot))
+
+    def settle(
+        self,
+        entries: Sequence[Entry],
+        counted: Mapping[str, tuple[int, int]],
+        read: Callable[[memoryview, int, int], Update],
+    ) -> list[str]:
+        """Take up or free what ``recover`` found.
+
+        Args:
+            entries: all that it found.
+            counted: client -> (data size, evaluation size), of those clients of RECEIVED entries whose update the
+                shared state has counted in this ledger.
+            read: makes an update of a body, a data size and an evaluation size.
+
+        Returns:
+            For each counted update that cannot be read, why; these are lost.
+        """
+        lost: dict[str, str] = {}
+        for (
+            entry
+        ) in entries:  # those ACCEPTED first: of a client that sent twice, this is the copy that counts
+            fl_id = entry.record.fl_id
+            known = (entry.data_size, entry.eval_data_size) if entry.state is SlotState.ACCEPTED else None
+            sizes = known or counted.get(fl_id)
+            if sizes is None or self.holds(fl_id):
+                self.release_entry(entry)
+                continue
+            try:
+                slot = self.slot_of(entry)
+                update = read(slot.body, *sizes)
+            except (Damaged, PeerError) as error:
+                lost[fl_id] = str(error)
+            else:
+                self.accept(slot, update)
+        return [reason for fl_id, reason in lost.items() if not self.holds(fl_id)]
 
     def holds(self, fl_id: str) -> bool:
-        """Tell whether this client's update of the current iteration is in the ledger."""
-        return fl_id in self._totals.fl_ids
+        """Tell whether this client's update of the current epoch is in the ledger."""
+        return layout.client_hash(fl_id) in self._held
+
+    def slot_of(self, entry: Entry) -> Slot:
+        """Return the slot of an entry that ``recover`` found, for ``accept`` or ``release``.
+
+        Raises:
+            Damaged: the body is not what was received.
+        """
+        layout.body(self._storage.buffer, self.shape, entry)
+        return self._slot(entry.slot, entry.record.length)
+
+    # ---- the sum
 
     @property
     def unmerged(self) -> int:
         """Accepted updates that are not in the sums yet."""
         return len(self._accepted)
 
-    def start_merge(self) -> Merge:
-        """Take up to MERGE_BATCH accepted updates to be added to the sums; ``finish_merge`` gives them back.
+    def merge(self) -> list[Slot]:
+        """Add up to MERGE_BATCH accepted updates to the sums; return their slots, to be given to ``reuse``."""
+        batch = [self._accepted[i] for i in range(min(MERGE_BATCH, len(self._accepted)))]
+        updates = [update for _, update in batch]
+        sums = self._add([update.weights for update in updates])
+        totals, sizes, lines = self._totals, self._sizes.copy(), [self._lines]
+        for update in updates:
+            totals = _include(totals, update)
+            lines.append(layout.client_bytes(update.fl_id, update.data_size))
+            for index, name in enumerate(self._spans.names):
+                if name in update.weights:
+                    sizes[index] += np.uint64(update.data_size)
+        for slot, _ in batch:
+            self._merged_in(slot, self._generation + 1)
+        self._commit(sums, totals, b"".join(lines), sizes)
+        for _ in batch:
+            self._accepted.popleft()
+        return [slot for slot, _ in batch]
 
-        Raises:
-            LocalError: another merge is under way.
-        """
-        if self._merge is not None:
-            raise LocalError("a ledger was asked for two merges at a time")
-        batch = [self._accepted.popleft() for _ in range(min(MERGE_BATCH, len(self._accepted)))]
-        updates = [WeightedUpdate(upload.weights, upload.data_size) for _, upload in batch]
-        self._merge = Merge(self._sums, updates, [slot for slot, _ in batch])
-        return self._merge
+    def reuse(self, slot: Slot) -> None:
+        """Make a merged slot available; nothing is written, its entry counts as merged."""
+        self._free.append(slot.number)
 
-    def finish_merge(self) -> None:
-        """Free the slots of the merge that has been run, well or not."""
-        merge, self._merge = self._merge, None
-        for slot in merge.slots if merge is not None else ():
-            self.release(slot)
+    def _add(self, updates: list[Mapping[str, Floats]]) -> int:
+        """Write live sums plus updates into the other accumulator; return the checksum of what is there then."""
+        before, after = self._generation, self._generation + 1
+        target = self.shape.accumulator_at(after) + self.shape.sums_at
+        live = None if self._empty else layout.sums_of(self._storage.buffer, self.shape, before)
+        digest = xxhash.xxh3_64()
+        for name, span in self._spans:
+            carriers = [update[name] for update in updates if name in update]
+            for start in range(span.start, span.stop, BLOCK):
+                stop = min(start + BLOCK, span.stop)
+                block = self._scratch[: stop - start]
+                block[:] = 0.0 if live is None else live[start:stop]
+                for values in carriers:
+                    np.add(block, values[start - span.start : stop - span.start], out=block)
+                content = block.data.cast("B")
+                digest.update(content)
+                self._storage.write(target + _WORD * start, content)
+        return digest.intdigest()
 
-    def current(self, merge: Merge) -> bool:
-        """Tell whether a merge belongs to the current iteration."""
-        return merge.sums is self._sums
+    def _commit(self, sums: int | None, totals: Totals, lines: bytes, sizes: npt.NDArray[np.uint64]) -> None:
+        """Finish the other accumulator and make it the live one; what failed before that may be tried again."""
+        assert self._epoch is not None
+        generation = self._generation + 1
+        start = self.shape.accumulator_at(generation)
+        known = self._listed[generation % 2]
+        self._storage.write(start + self.shape.sizes_at, sizes.tobytes())
+        if known < len(lines):
+            self._storage.write(start + self.shape.clients_at + known, lines[known:])
+        trailer = layout.trailer_bytes(generation, self._begun, self._epoch, totals, sizes, lines, sums)
+        self._storage.write(start, trailer)
+        self._storage.sync()
+        self._storage.write(layout.GENERATION, layout.generation_word(generation).to_bytes(_WORD, "little"))
+        self._generation, self._totals, self._lines, self._sizes = generation, totals, lines, sizes
+        self._listed[generation % 2] = len(lines)
+        self._empty = sums is None
+        self._storage.sync()
 
-    def seal(self) -> Partial:
-        """Close the iteration and return its sums; they are valid until the next ``begin``.
+    def _merged_in(self, slot: Slot, generation: int) -> None:
+        self._word(slot, layout.MERGED_IN, layout.generation_word(generation, self._record_sum(slot)))
 
-        Raises:
-            LocalError: there are updates left to merge.
-        """
-        if self._accepted or self._merge is not None:
-            raise LocalError("a ledger was sealed before its updates were merged")
-        self._sealed = True
-        return Partial(self.id, self._iteration, self._attempt, self._sums, self._totals)
+    def _record_sum(self, slot: Slot) -> int:
+        return layout.record_sum(self._storage.buffer, self.shape, slot.number)
+
+    def _word(self, slot: Slot, word: int, value: int) -> None:
+        self._storage.write(self.shape.entry_at(slot.number) + word, int(value).to_bytes(_WORD, "little"))
+
+
+def _include(totals: Totals, update: Update) -> Totals:
+    return replace(
+        totals,
+        count=totals.count + 1,
+        data_size=totals.data_size + update.data_size,
+        eval_data_size=totals.eval_data_size + update.eval_data_size,
+        loss=totals.loss + update.loss * update.data_size,
+        accuracy=totals.accuracy + update.accuracy * update.eval_data_size,
+    )

@@ -11,9 +11,8 @@ import json
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
-from twisted.internet import defer
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -23,12 +22,14 @@ from fedcore.core.admission import Acceptance, Selection, Verdict
 from fedcore.core.iteration import ClientSelected
 from fedcore.core.quorum import update_threshold
 from fedcore.errors import ArrayError, FedcoreError, MalformedRequest, StoreError
+from fedcore.ledger.layout import MAX_FL_ID
 from fedcore.ledger.ledger import Slot
+from fedcore.ledger.spool import Spool
 from fedcore.net.routes import Response, Route, Sink
 from fedcore.observe.metrics import OUTCOMES, UNAVAILABLE, ServerMetrics
 from fedcore.services.answers import Answer, Answers
 from fedcore.services.iteration_driver import IterationDriver
-from fedcore.services.update_intake import UpdateIntake
+from fedcore.services.update_intake import NoRoom, UpdateIntake
 from fedcore.store.cluster_state import ClientMeta, IterationMoved, Reserve
 from fedcore.wire import codec
 from fedcore.wire.arrays import Layout, all_finite, check_update
@@ -88,6 +89,7 @@ class ClientApi:
         self.driver = driver
         self.intake = intake
         self.layout = layout
+        self.longest_update = update_limit(layout)
         self.answers = Answers(settings, driver.models)
         self.answers.open(driver.iteration.number)
         self._places = settings.round.start_fl_job_threshold
@@ -109,7 +111,7 @@ class ClientApi:
             request = codec.decode(RequestFLJob, body)
         except MalformedRequest:
             return self._refuse_start(Verdict(400, admission.bad_schema("RequestFLJob")))
-        if request.fl_id is None or request.fl_name is None or request.timestamp is None:
+        if not _is_id(request.fl_id) or request.fl_name is None or request.timestamp is None:
             return self._refuse_start(Verdict(400, admission.MISSING_START_PARTS))
         fault = admission.data_size_fault(request.data_size)
         until = self._reactor.seconds() + self._hold
@@ -134,8 +136,12 @@ class ClientApi:
                 else self._refuse_start(verdict)
             )
 
-    async def update_model(self, slot: Slot) -> Answer | str:
-        """Count a device's update; the slot is ours to keep or release."""
+    async def update_model(self, room: Slot | Spool) -> Answer | str:
+        """Count a device's update; the room that its body lies in is ours to keep or release."""
+        try:
+            slot = await self.intake.slot_for(room)
+        except NoRoom:
+            return self.answers.update(300, admission.UPDATE_FULL, self._next_req_time())
         kept = False
         try:
             request = codec.decode(RequestUpdateModel, slot.body)
@@ -160,6 +166,10 @@ class ClientApi:
         if text is not None:
             return text
         iteration = self.driver.iteration
+        if request.iteration > iteration.number and self.driver.cluster is None:
+            return self._current.model_not_ready(
+                self._next_req_time()
+            )  # this server only guesses where the job is
         if request.iteration == iteration.number:
             until = self._reactor.seconds() + self._hold
             if not self._complete or not await self._moved_on(iteration.number, until):
@@ -297,12 +307,17 @@ class ClientApi:
         return self.answers.update(400, reason, self._next_req_time())
 
 
+def _is_id(fl_id: str | None) -> TypeGuard[str]:
+    """Tell whether a client's id is there and fits a ledger."""
+    return fl_id is not None and len(fl_id.encode()) <= MAX_FL_ID
+
+
 def _is_complete(request: RequestUpdateModel) -> bool:
     """Tell whether an update has all its parts and its figures are numbers."""
     plain = request.upload_compress_type == CompressType.NO_COMPRESS
     items = request.feature_map if plain else request.compress_feature_map
     return (
-        request.fl_id is not None
+        _is_id(request.fl_id)
         and request.timestamp is not None
         and items is not None
         and all(_whole(item) for item in items)
@@ -365,15 +380,15 @@ class UploadRound:
     clock: Callable[[], float]
 
     def limit(self) -> int:
-        return self.api.intake.ledger.slot_size
+        return self.api.longest_update
 
-    def sink(self, length: int) -> Slot | defer.Deferred[Slot]:
-        return self.api.intake.receive() or defer.Deferred.fromCoroutine(self.api.intake.wait_for_room())
+    def sink(self, length: int) -> Slot | Spool:
+        return self.api.intake.receive(length)
 
-    def discard(self, sink: Slot) -> None:
+    def discard(self, sink: Slot | Spool) -> None:
         self.api.intake.release(sink)
 
-    async def handle(self, sink: Slot) -> Response:
+    async def handle(self, sink: Slot | Spool) -> Response:
         return await _timed(self, self.api.update_model(sink))
 
 

@@ -19,14 +19,17 @@ from twisted.application.service import Service
 from twisted.internet import defer, task, threads
 from twisted.logger import Logger
 
+from fedcore.aggregation import fedavg
+from fedcore.aggregation.fedavg import Spans
 from fedcore.core import iteration as core
 from fedcore.core.iteration import Iteration, Phase, Policy
 from fedcore.core.job import RunningState
 from fedcore.errors import FedcoreError, StoreError, StoreUnavailable
-from fedcore.ledger.ledger import Totals
+from fedcore.ledger.layout import Epoch, Totals, sum_of
 from fedcore.models import checkpoints
 from fedcore.models.history import ModelHistory
 from fedcore.observe.metrics import ServerMetrics
+from fedcore.services.ledgers import LOSS_S, Ledgers
 from fedcore.services.update_intake import UpdateIntake
 from fedcore.store.cluster_state import ClusterState, Snapshot, claim_instance
 from fedcore.store.keys import job_ttl
@@ -115,6 +118,7 @@ class IterationDriver(Service):
         self,
         job: Job,
         redis: Redis,
+        ledgers: Ledgers,
         intake: UpdateIntake,
         models: ModelHistory,
         template: ImageTemplate,
@@ -132,7 +136,10 @@ class IterationDriver(Service):
         self.typical: float | None = None
         self.on_join: list[Callable[[], object]] = []
         self.on_iteration_end: list[Callable[[IterationEnd], None]] = []
+        self._ledgers = ledgers
         self._intake = intake
+        self._spans = Spans(template.layout)
+        self._incomplete: tuple[int, float] | None = None  # iteration, and since when its sums are short
         self._template = template
         self._metrics = metrics
         self._reactor = reactor
@@ -141,6 +148,7 @@ class IterationDriver(Service):
         self._effects: deque[core.Effect] = deque()
         self._busy = False
         self._joining = False
+        self._guarding = False
         self._candidate: _Candidate | None = None
         self._waiting: list[defer.Deferred[None]] = []
         self._deadline: Any = None
@@ -209,7 +217,7 @@ class IterationDriver(Service):
     @property
     def joined(self) -> bool:
         """Whether this server takes part in its job and can reach the shared state."""
-        return self.cluster is not None and self.redis.available
+        return self.cluster is not None and self.redis.available and self._ledgers.own is not None
 
     async def look(self) -> None:
         """Compare this server's copy with the shared state now, unless an effect is under way."""
@@ -258,6 +266,8 @@ class IterationDriver(Service):
                 done = await cluster.set_phase(number, attempt, Phase.COLLECTING, Phase.SEALED)
                 return core.Sealed() if done else await self._observed()
             case core.ClaimReduction(number, attempt):
+                if not await self._ledgers.hold_updates(cluster, number):
+                    return None  # those who hold them make the model; their ledgers are adopted if they die
                 token = {"token": self.job.node_id}
                 done = await cluster.set_phase(number, attempt, Phase.SEALED, Phase.REDUCING, token)
                 return core.ReductionClaimed() if done else await self._observed()
@@ -268,6 +278,12 @@ class IterationDriver(Service):
                 done = await cluster.set_phase(number, attempt, Phase.REDUCING, Phase.CANDIDATE, fields)
                 return core.CandidateRecorded() if done else await self._observed()
             case core.MakeDurable(number):
+                if self._candidate is None or self._candidate.number != number:
+                    again = await self._reduce(cluster, number)
+                    if again is None:
+                        return None
+                    if again != core.ModelReduced(self.iteration.digest):
+                        return core.UpdatesLost()
                 await self._save(number)
                 return core.CandidateDurable()
             case core.Advance(number, attempt, success, result, finishes, phase):
@@ -279,29 +295,43 @@ class IterationDriver(Service):
                 self._open(effect)
         return None
 
-    async def _reduce(self, cluster: ClusterState, number: int) -> core.Event:
-        """Make the model of all accepted updates, or say why there is none."""
+    async def _reduce(self, cluster: ClusterState, number: int) -> core.Event | None:
+        """Make the model of all accepted updates, or say why there is none.
+
+        While a ledger with counted updates is in nobody's hands, None: the next look at the shared state tries again.
+        """
         try:
-            partial = await self._intake.seal()
+            own = await self._intake.seal()
         except FedcoreError as error:
             self.log.error(
                 "the sum of iteration {iteration} is unusable: {error}", iteration=number, error=error
             )
             return core.ReductionFailed(core.aggregation_failed(number))
+        await self._ledgers.adopt(cluster, self._epoch(), self.job.node_id)
+        known = [*self._ledgers.adopted.values(), *([] if own is None else [own])]
+        partials = sorted(known, key=lambda partial: partial.ledger_id)
+        held = {partial.ledger_id: partial.totals.count for partial in partials if partial.totals.count}
         counted = await cluster.uploads_by_ledger(number)
-        if counted != {partial.ledger_id: partial.totals.count}:
+        if counted != held:
+            now = self._reactor.seconds()
+            if self._incomplete is None or self._incomplete[0] != number:
+                self._incomplete = (number, now)
+            if not counted.keys() <= self._ledgers.in_hand and now - self._incomplete[1] < LOSS_S:
+                return None
             self.log.error(
-                "iteration {iteration} counted updates that no ledger holds",
+                "iteration {iteration} counted updates that no ledger here holds",
                 iteration=number,
-                held=partial.totals.count,
+                held=sum(held.values()),
                 counted=sum(counted.values()),
             )
             return core.ReductionFailed(core.server_exited(number))
-        previous = self.models.newest_image
-        image = await self._heavy(lambda: self._template.image(partial.sums.mean(previous.arrays)))
+        previous = self.models.newest_image.arrays
+        image = await self._heavy(
+            lambda: self._template.image(fedavg.mean_of(self._spans, partials, previous))
+        )
         if not all(all_finite(values) for values in image.arrays.values()):
             return core.ReductionFailed(core.aggregation_failed(number))
-        self._candidate = _Candidate(number, image, partial.totals)
+        self._candidate = _Candidate(number, image, sum_of([partial.totals for partial in partials]))
         return core.ModelReduced(image.digest)
 
     async def _save(self, number: int) -> None:
@@ -338,7 +368,7 @@ class IterationDriver(Service):
             self.models.add(effect.ended, candidate.image)
         else:
             self.models.carry_over(effect.ended)
-        self._intake.begin(effect.number, self.iteration.attempt)
+        self._intake.begin(self._epoch())
         ended = IterationEnd(
             self.job.fl_name,
             self._joined_cluster().keys.instance,
@@ -397,10 +427,24 @@ class IterationDriver(Service):
         if snapshot is None:
             raise StoreUnavailable("Redis forgets the status as soon as it is written")
         seen = self._localise(snapshot)
-        mine = snapshot.token == self.job.node_id
+        mine = snapshot.token == self.job.node_id or await self._inherits(cluster, snapshot)
         if self.iteration.changing or _differ(seen, self.iteration):
             return core.Observed(seen, mine, snapshot.success, snapshot.result)
         return None
+
+    async def _inherits(self, cluster: ClusterState, snapshot: Snapshot) -> bool:
+        """Take over the making of the model from a dead server all of whose updates are here; tell whether it is so."""
+        now, token = snapshot.iteration, snapshot.token
+        if now.phase not in (Phase.REDUCING, Phase.CANDIDATE) or now.number != self.iteration.number:
+            return False
+        if token not in self._ledgers.inherited:
+            if await cluster.is_alive("server", token):
+                return False
+            counted = await cluster.uploads_by_ledger(now.number)
+            if not counted.keys() <= self._ledgers.in_hand:
+                return False
+        fields = {"token": self.job.node_id}  # or the next one to die would leave a token that nobody knows
+        return await cluster.set_phase(now.number, now.attempt, now.phase, now.phase, fields)
 
     def _localise(self, snapshot: Snapshot) -> Iteration:
         now = self._reactor.seconds()
@@ -431,9 +475,20 @@ class IterationDriver(Service):
         self._metrics.redis_up.set(self.redis.available)
         self.note(core.TimePassed())
         if self.cluster is not None and self.redis.available and not self._busy:
-            self._run(self._observe())
+            self._run(self._repair())
         elif self.cluster is None and self.redis.available and not self._joining:
             self._run(self._join())
+
+    async def _repair(self) -> None:
+        if self._guarding:
+            return
+        self._guarding = True
+        try:
+            await self._guard_updates()  # first, as what it adopts decides what this server can do
+            if not self._busy:
+                await self._observe()
+        finally:
+            self._guarding = False
 
     async def _join_when_connected(self) -> None:
         await self.redis.connected()
@@ -459,8 +514,9 @@ class IterationDriver(Service):
         if snapshot is None:
             raise StoreUnavailable("Redis forgets the status as soon as it is written")
         before, self.iteration = self.iteration, self._localise(snapshot)
-        self._intake.begin(self.iteration.number, self.iteration.attempt)
+        self._stand_in(self.iteration.number - 1)
         self.cluster = cluster
+        self._intake.begin(self._epoch())
         self._show(before)
         self.log.info(
             "joined instance {instance} at iteration {iteration}",
@@ -469,27 +525,75 @@ class IterationDriver(Service):
         )
         for callback in self.on_join:
             callback()
-        await self._recover(cluster)
+        await self._guard_updates()
         self._wake()
+        if self._published_before():
+            self.note(core.CandidateDurable())
+        elif self.iteration.changing:
+            await self._observe()
 
-    async def _recover(self, cluster: ClusterState) -> None:
-        """Settle what an earlier process left of the current iteration."""
-        number, newest = self.iteration.number, self.models.newest
-        if self.iteration.phase is Phase.CANDIDATE and newest == number:
-            image = self.models.newest_image
-            if image.digest == self.iteration.digest:
-                self._candidate = _Candidate(number, image, Totals())
-                self.note(core.CandidateDurable())
-                return
-        if newest != number - 1:
+    def _stand_in(self, number: int) -> None:
+        """Let the newest model stand for that of an iteration if the latter is not here."""
+        newest = self.models.newest
+        if newest < number:
             self.log.warn(
                 "the newest model is that of iteration {newest}; it stands for iteration {missing}",
                 newest=newest,
-                missing=number - 1,
+                missing=number,
             )
-            self.models.carry_over(number - 1)
-        if await cluster.uploads_by_ledger(number) or self.iteration.changing:
+            self.models.carry_over(number)
+
+    def _published_before(self) -> bool:
+        """Tell whether a process that is gone had written the candidate's checkpoint already."""
+        number, image = self.iteration.number, self.models.newest_image
+        if self.iteration.phase is not Phase.CANDIDATE or self.models.newest != number:
+            return False
+        if image.digest != self.iteration.digest:
+            return False
+        self._candidate = _Candidate(number, image, Totals())
+        return True
+
+    # ---- what must not be lost
+
+    async def _guard_updates(self) -> None:
+        """See that this server has a ledger, and that every counted update is in one that can be read.
+
+        Ledgers of dead processes on this host are adopted. One that nobody can read counts as lost when its owner's
+        lease has been gone for LOSS_S; then the iteration fails by name.
+        """
+        cluster, number = self._joined_cluster(), self.iteration.number
+        await self._own_a_ledger(cluster)
+        adopted = await self._ledgers.adopt(cluster, self._epoch(), self.job.node_id)
+        if adopted and not self._busy:
+            await self._observe()
+        if self.iteration.running is not RunningState.RUNNING:
+            return
+        lost = await self._ledgers.count_lost(cluster, number, self._reactor.seconds())
+        if lost and not self._busy and number == self.iteration.number:
+            self.log.error(
+                "{lost} counted updates are in ledgers that nobody can read", lost=lost, iteration=number
+            )
             self.note(core.UpdatesLost())
+
+    async def _own_a_ledger(self, cluster: ClusterState) -> None:
+        ledgers = self._ledgers
+        if ledgers.own is not None:
+            owner = await cluster.ledger_owner(ledgers.own.id)
+            if owner == self.job.node_id:
+                return
+            if owner:
+                self.log.error("the update ledger was revoked; a new one is opened", owner=owner)
+                ledgers.discard()
+        fresh = ledgers.own is None
+        if ledgers.open() and ledgers.own is not None:
+            if fresh:
+                self._intake.begin(self._epoch())  # before anything else can come in between
+            await cluster.own_ledger(ledgers.own.id, self.job.node_id)
+
+    def _epoch(self) -> Epoch:
+        """Return which updates this server's ledger may take."""
+        instance = self._joined_cluster().keys.instance
+        return Epoch(instance, self.iteration.number, self.iteration.attempt, self.models.newest_image.digest)
 
     def _joined_cluster(self) -> ClusterState:
         if self.cluster is None:

@@ -18,7 +18,7 @@ from fedcore.config import Address, Settings, hyper_parameters
 from fedcore.core.iteration import Policy
 from fedcore.core.quorum import update_threshold
 from fedcore.errors import ConfigError
-from fedcore.ledger.ledger import Ledger
+from fedcore.ledger.layout import Shape
 from fedcore.models import checkpoints
 from fedcore.models.formats import ModelFile, read_model
 from fedcore.models.history import ModelHistory
@@ -29,6 +29,7 @@ from fedcore.services.callbacks import Callback
 from fedcore.services.client_api import ClientApi, DevicePages, device_routes, update_limit
 from fedcore.services.heartbeat import Heartbeat
 from fedcore.services.iteration_driver import IterationDriver, Job
+from fedcore.services.ledgers import Ledgers
 from fedcore.services.update_intake import UpdateIntake
 from fedcore.store.redis import Redis
 from fedcore.wire.arrays import Layout
@@ -36,6 +37,8 @@ from fedcore.wire.image import ImageTemplate
 
 DRAIN_TIMEOUT_S = 10.0  # longest wait for requests in flight at a clean stop
 _POLL_S = 0.02
+LEAST_SLOTS = 8
+MOST_SLOTS = 64  # bodies received at a time; more would only wait for the same network
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +48,14 @@ class ServerOptions:
     Attributes:
         checkpoint_dir: where models are kept.
         model: file of the initial weights, or None.
+        ledger_dir: where updates lie until their model is made; shared by the servers of a host.
         tcp_ip: address for other nodes, "" for the one that reaches Redis.
         tcp_port: port for other nodes.
     """
 
     checkpoint_dir: Path
     model: Path | None
+    ledger_dir: Path
     tcp_ip: str
     tcp_port: int
 
@@ -86,11 +91,19 @@ class Server:
         layout = Layout.of(model.weights, model.not_aggregated)
         template = ImageTemplate(layout)
         history = ModelHistory(newest, template.image(model.weights))
-        ledger = Ledger(layout, update_limit(layout), settings.fedcore.ledger.memory_budget)
         device = settings.fedcore.device
-        self._intake = UpdateIntake(ledger, layout.total_floats, device.hold_time, reactor)
         address = Address(options.tcp_ip or _address_towards(settings), options.tcp_port)
         node_id = f"{address}::{_stamp()}::{random.SystemRandom().randint(10000, 99999)}"
+        self._ledgers = Ledgers(
+            options.ledger_dir,
+            layout,
+            _ledger_shape(settings, layout),
+            settings.fedcore.ledger.fsync,
+            reactor,
+        )
+        self._intake = UpdateIntake(
+            self._ledgers, options.checkpoint_dir, node_id, layout.total_floats, device.hold_time, reactor
+        )
         job = Job(
             settings.fl_name,
             _policy(settings),
@@ -101,7 +114,7 @@ class Server:
             hyper_parameters(settings),
         )
         self.driver = IterationDriver(
-            job, redis, self._intake, history, template, metrics, reactor, datetime.now
+            job, redis, self._ledgers, self._intake, history, template, metrics, reactor, datetime.now
         )
         self.driver.on_iteration_end.append(callback.on_iteration_end)
         self._api = ClientApi(
@@ -135,6 +148,7 @@ class Server:
             "redis": lambda: None if self._redis.available else "no connection to Redis",
             "job": lambda: None if self.driver.cluster is not None else "not joined to the job yet",
             "membership": lambda: None if self._heartbeat.registered else "not on the list of servers yet",
+            "ledger": lambda: self._ledgers.problem or None,
             "stopping": lambda: "the server is stopping" if self._api.stopping else None,
         }
 
@@ -152,6 +166,7 @@ class Server:
             pause: defer.Deferred[None] = defer.Deferred()
             self._reactor.callLater(_POLL_S, pause.callback, None)
             await pause
+        self._ledgers.close()
 
 
 def _find_model(fl_name: str, options: ServerOptions) -> tuple[int, ModelFile]:
@@ -172,6 +187,16 @@ def _find_model(fl_name: str, options: ServerOptions) -> tuple[int, ModelFile]:
             hint="give the initial weights with --model FILE",
         )
     return 0, initial
+
+
+def _ledger_shape(settings: Settings, layout: Layout) -> Shape:
+    """Measure the ledger: as many slots as the budget allows and the clients can use."""
+    places = settings.round.start_fl_job_threshold
+    quorum = update_threshold(places, settings.round.update_model_ratio)
+    slot_size = update_limit(layout)
+    wanted = min(MOST_SLOTS, 2 * places)
+    slots = max(LEAST_SLOTS, min(wanted, settings.fedcore.ledger.memory_budget // slot_size))
+    return Shape.of(layout, settings.fl_name, quorum, slots, slot_size)
 
 
 def _policy(settings: Settings) -> Policy:

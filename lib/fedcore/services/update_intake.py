@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 from twisted.application.service import Service
@@ -11,8 +12,11 @@ from twisted.logger import Logger
 
 from fedcore.core.admission import Acceptance
 from fedcore.errors import FedcoreError, LocalError, StoreUnavailable
-from fedcore.ledger.ledger import Ledger, Merge, Partial, Slot, Upload
-from fedcore.store.cluster_state import ClientMeta, ClusterState
+from fedcore.ledger.layout import Epoch
+from fedcore.ledger.ledger import MERGE_BATCH, Ledger, Partial, Slot
+from fedcore.ledger.spool import Spool, open_spool
+from fedcore.services.ledgers import Ledgers, update_of
+from fedcore.store.cluster_state import ClientMeta, ClusterState, IterationMoved, LeaseLapsed, LedgerRevoked
 from fedcore.wire.messages import RequestUpdateModel
 
 # A hop to a thread and back costs about as much as adding this many floats; smaller models are merged at once.
@@ -21,7 +25,7 @@ RETRY_S = 0.1  # pause before a question that Redis could not answer is asked ag
 
 
 class NoRoom(FedcoreError):
-    """All slots are taken by other bodies."""
+    """All slots are taken by other bodies, or there is no ledger."""
 
     wire_code = 300
     http_status = 503
@@ -29,34 +33,81 @@ class NoRoom(FedcoreError):
 
 
 class UpdateIntake(Service):
-    """Takes updates into one ledger."""
+    """Takes updates into the server's own ledger.
+
+    Merges wait until a batch is together or room is short: an accepted update is safe in its slot.
+    """
 
     log = Logger()
 
-    def __init__(self, ledger: Ledger, model_floats: int, room_timeout: float, reactor: Any) -> None:
-        """Fill ``ledger``.
+    def __init__(
+        self,
+        ledgers: Ledgers,
+        spool_dir: Path,
+        node_id: str,
+        model_floats: int,
+        room_timeout: float,
+        reactor: Any,
+    ) -> None:
+        """Fill the own one of ``ledgers``.
 
         Args:
-            ledger: where updates go.
+            ledgers: where updates go.
+            spool_dir: where bodies wait that have no slot yet; better on a disk than in memory.
+            node_id: this server.
             model_floats: elements of the model; decides whether merges run in a thread.
             room_timeout: seconds that a body may wait for a slot.
             reactor: for threads and time.
         """
-        self.ledger = ledger
-        self._inline = model_floats <= INLINE_FLOATS
+        self._ledgers = ledgers
+        self._spool_dir = spool_dir
+        self._node_id = node_id
+        self._inline = model_floats <= INLINE_FLOATS and not ledgers.durable
         self._room_timeout = room_timeout
         self._reactor = reactor
+        self._epoch: Epoch | None = None
+        self._next: Epoch | None = None  # to begin once the merge under way has ended
         self._waiting: deque[defer.Deferred[Slot]] = deque()
         self._asking: set[object] = set()  # one token per question that the shared state has not answered yet
         self._merging = False
+        self._sealing = False
         self._fault: BaseException | None = None  # of a merge of the current iteration
         self._settled: list[defer.Deferred[None]] = []
+        self._flushing = False
+        self._unflushed: list[defer.Deferred[None]] = []
 
     # ---- room
 
-    def receive(self) -> Slot | None:
-        """Return a slot, or None while all are taken or somebody waits already."""
-        return None if self._waiting else self.ledger.receive()
+    def receive(self, length: int) -> Slot | Spool:
+        """Return room for a body.
+
+        A body goes to a slot at once while more than a quarter of them are free; the rest are for bodies that are
+        complete, so that slow senders cannot keep fast ones out. Others go to a spool until they are complete.
+
+        Raises:
+            NoSpace: a spool is needed, and its directory is full.
+        """
+        ledger = self._ledgers.own
+        if ledger is not None and not self._waiting and 4 * ledger.free_slots > ledger.shape.slots:
+            slot = ledger.receive()
+            if slot is not None:
+                return slot
+        return open_spool(self._spool_dir, length)
+
+    async def slot_for(self, room: Slot | Spool) -> Slot:
+        """Return a complete body's slot; what was spooled is moved into one.
+
+        Raises:
+            NoRoom: no slot came free in time.
+        """
+        if isinstance(room, Slot):
+            return room
+        ledger = self._ledgers.own
+        slot = None if self._waiting or ledger is None else ledger.receive()
+        slot = slot or await self.wait_for_room()
+        slot.buffer[: room.length] = room.buffer[: room.length]
+        slot.length = room.length
+        return slot
 
     async def wait_for_room(self) -> Slot:
         """Wait for a slot.
@@ -67,20 +118,26 @@ class UpdateIntake(Service):
         waiter: defer.Deferred[Slot] = defer.Deferred(self._waiting.remove)
         self._waiting.append(waiter)
         waiter.addTimeout(self._room_timeout, self._reactor)
+        self._merge(short=True)
         try:
             return await waiter
         except defer.TimeoutError:
-            raise NoRoom("all upload slots are taken", hint="raise fedcore.ledger.memory_budget") from None
+            hint = self._ledgers.problem or "raise fedcore.ledger.memory_budget"
+            raise NoRoom("all upload slots are taken", hint=hint) from None
 
-    def release(self, slot: Slot) -> None:
-        """Take back a slot and hand it to whoever waits."""
-        self.ledger.release(slot)
-        self._hand_out()
+    def release(self, room: Slot | Spool) -> None:
+        """Take back the room of a body that does not count."""
+        ledger = self._ledgers.own
+        slot = room
+        if isinstance(slot, Slot) and ledger is not None and ledger.owns(slot):
+            ledger.release(slot)
+            self._hand_out()
 
     def _hand_out(self) -> None:
         """Give free slots to those who wait, first come first served."""
-        while self._waiting:
-            room = self.ledger.receive()
+        ledger = self._ledgers.own
+        while self._waiting and ledger is not None:
+            room = ledger.receive()
             if room is None:
                 return
             self._waiting.popleft().callback(room)
@@ -100,8 +157,9 @@ class UpdateIntake(Service):
     ) -> tuple[Acceptance, int]:
         """Ask the shared state to count an update; if it says ACCEPTED, the slot is the ledger's from then on.
 
-        A lost reply leaves open whether the update counts, so the question is asked again until it is answered:
-        the shared state answers a repeat as it did before, and ``seal`` waits meanwhile.
+        What is in the slot is on record before the question, so that a crash between question and answer can be
+        settled by asking again. A lost reply leaves open whether the update counts: the question is repeated until
+        it is answered; the shared state answers a repeat as it did before, and ``seal`` waits meanwhile.
 
         Returns:
             The outcome, and the count of accepted updates where it is ACCEPTED.
@@ -112,28 +170,53 @@ class UpdateIntake(Service):
         question = object()
         self._asking.add(question)
         try:
-            acceptance, count, meta = await self._ask(request, cluster, number, attempt, quorum, fit)
+            ledger = await self._ledger_of(number, attempt)
+            epoch = self._epoch
+            if not ledger.owns(slot):
+                raise LedgerRevoked("the ledger that received this body is not this server's any more")
+            fl_id = request.fl_id or ""
+            if fit and not ledger.holds(fl_id):
+                ledger.record(slot, fl_id, request.upload_loss, request.upload_accuracy)
+                await self._on_disk(ledger)
+            acceptance, count, meta = await self._ask(request, cluster, ledger, number, attempt, quorum, fit)
             if meta is None:
                 return acceptance, count
-            if not fit or self.ledger.holds(request.fl_id or ""):
+            if self._epoch != epoch:
+                raise IterationMoved(0 if self._epoch is None else self._epoch.iteration)
+            if not fit or ledger.holds(fl_id):
                 # Counted before. If this ledger does not hold it yet, the question that brought it is still open.
                 return Acceptance.REPEATED, count
-            self.ledger.accept(slot, _upload(request, meta))
+            ledger.accept(slot, update_of(request, meta.data_size, meta.eval_data_size))
             self._merge()
             return acceptance, count
         finally:
             self._asking.remove(question)
             self._settle()
 
+    async def _ledger_of(self, number: int, attempt: int) -> Ledger:
+        """Return the own ledger once it serves an iteration."""
+        while self._next is not None:
+            await self._change()
+        ledger, epoch = self._ledgers.own, self._epoch
+        if ledger is None:
+            raise StoreUnavailable(self._ledgers.problem)
+        if self._fault is not None:
+            raise StoreUnavailable(f"the ledger of this iteration is broken: {self._fault}")
+        if epoch is None or (epoch.iteration, epoch.attempt) != (number, attempt):
+            raise IterationMoved(0 if epoch is None else epoch.iteration)
+        return ledger
+
     async def _ask(
         self,
         request: RequestUpdateModel,
         cluster: ClusterState,
+        ledger: Ledger,
         number: int,
         attempt: int,
         quorum: int,
         fit: bool,
     ) -> tuple[Acceptance, int, ClientMeta | None]:
+        limit = self._reactor.seconds() + self._room_timeout
         while True:
             try:
                 return await cluster.accept_upload(
@@ -142,80 +225,130 @@ class UpdateIntake(Service):
                     request.iteration,
                     request.fl_id or "",
                     quorum=quorum,
-                    ledger_id=self.ledger.id,
+                    ledger_id=ledger.id,
+                    node_id=self._node_id,
                     fit=fit,
                 )
-            except StoreUnavailable:
-                await task.deferLater(self._reactor, RETRY_S)
-                await cluster.redis.connected()
+            except LedgerRevoked:
+                # Not on record yet, or forgotten: within a second the driver sees to it or drops the ledger.
+                if self._sealing or self._ledgers.own is not ledger or self._reactor.seconds() >= limit:
+                    raise
+            except (StoreUnavailable, LeaseLapsed):
+                pass
+            await task.deferLater(self._reactor, RETRY_S)
+            await cluster.redis.connected()
+
+    async def _on_disk(self, ledger: Ledger) -> None:
+        """Wait until what was recorded is on the disk; one flush serves all that wait when it begins."""
+        if not self._ledgers.durable:
+            return
+        flushed: defer.Deferred[None] = defer.Deferred()
+        self._unflushed.append(flushed)
+        if not self._flushing:
+            self._flush(ledger)
+        await flushed
+
+    def _flush(self, ledger: Ledger) -> None:
+        waiting, self._unflushed = self._unflushed, []
+
+        def ended(result: Any) -> None:
+            self._flushing = False
+            if self._unflushed:
+                self._flush(self._ledgers.own or ledger)
+            for flushed in waiting:
+                flushed.callback(result)  # a failure as well: what may not be on the disk is not accepted
+
+        self._flushing = True
+        threads.deferToThreadPool(self._reactor, self._reactor.getThreadPool(), ledger.sync).addBoth(ended)
 
     # ---- the sum
 
-    def begin(self, iteration: int, attempt: int) -> None:
-        """Start an iteration with empty sums."""
-        self._fault = None
-        self.ledger.begin(iteration, attempt)
-        self._hand_out()
+    def begin(self, epoch: Epoch) -> None:
+        """Start an iteration with empty sums, as soon as the merge under way has ended."""
+        self._next = epoch
+        if not self._merging:
+            self._begin()
 
-    async def seal(self) -> Partial:
-        """Return the sums once every update that may count is in them.
+    def _begin(self) -> None:
+        ledger = self._ledgers.own
+        epoch, self._next = self._next, None
+        assert epoch is not None
+        self._epoch, self._fault, self._sealing = epoch, None, False
+        self._ledgers.begin(epoch)
+        try:
+            if ledger is not None:
+                ledger.begin(epoch)
+        except (
+            Exception
+        ) as error:  # a full or broken disk; whatever it is, nothing may wait for this for ever
+            self._fault = error
+            self.log.failure("iteration {iteration} has no ledger and will fail", iteration=epoch.iteration)
+        self._hand_out()
+        self._settle()
+
+    async def seal(self) -> Partial | None:
+        """Return the sums once every update that may count is in them; None if there is no own ledger.
 
         To be called when the shared state is sealed: only questions that are open now can still be answered with
         ACCEPTED. Later ones are not waited for, or a stream of late uploads could hold up the iteration.
 
         Raises:
-            LocalError: a merge failed, so the sums are not to be trusted.
+            LocalError: a merge failed: the sums are not to be trusted.
         """
         open_questions = set(self._asking)
+        self._sealing = True
+        self._merge()
         while not self._asking.isdisjoint(open_questions) or self._unmerged:
-            settled: defer.Deferred[None] = defer.Deferred()
-            self._settled.append(settled)
-            await settled
+            await self._change()
+        ledger = self._ledgers.own
         if self._fault is not None:
             raise LocalError(f"updates could not be added to the sum: {self._fault}") from self._fault
-        return self.ledger.seal()
+        return None if ledger is None else ledger.seal()
 
     @property
     def _unmerged(self) -> bool:
         """Whether updates are still on their way into the sums."""
-        return self._merging or (self.ledger.unmerged > 0 and self._fault is None)
+        ledger = self._ledgers.own
+        return self._merging or (ledger is not None and ledger.unmerged > 0 and self._fault is None)
 
-    def _merge(self) -> None:
-        if self._merging or self._fault is not None or not self.ledger.unmerged:
+    def _merge(self, short: bool = False) -> None:
+        """Merge a batch if there is one, or less than one if the iteration ends or room is ``short``."""
+        ledger = self._ledgers.own
+        if ledger is None or self._merging or self._fault is not None or not ledger.unmerged:
+            return
+        if ledger.unmerged < MERGE_BATCH and not (short or self._sealing or ledger.free_slots == 0):
             return
         self._merging = True
-        merge = self.ledger.start_merge()
         if self._inline:
-            done = defer.execute(merge.run)
+            done = defer.execute(ledger.merge)
         else:
-            done = threads.deferToThreadPool(self._reactor, self._reactor.getThreadPool(), merge.run)
-        done.addErrback(self._merge_failed, merge).addBoth(lambda _: self._merged())
+            done = threads.deferToThreadPool(self._reactor, self._reactor.getThreadPool(), ledger.merge)
+        done.addCallbacks(self._merged, self._merge_failed, callbackArgs=(ledger,))
+        done.addBoth(lambda _: self._merge_ended())
 
-    def _merge_failed(self, failure: Any, merge: Merge) -> None:
-        if self.ledger.current(merge):
-            self._fault = failure.value
+    def _merged(self, slots: list[Slot], ledger: Ledger) -> None:
+        for slot in slots:
+            ledger.reuse(slot)
+
+    def _merge_failed(self, failure: Any) -> None:
+        self._fault = failure.value
         self.log.failure("updates could not be added to the sum of their iteration", failure)
 
-    def _merged(self) -> None:
+    def _merge_ended(self) -> None:
         self._merging = False
-        self.ledger.finish_merge()
+        if self._next is not None:
+            self._begin()
         self._hand_out()
-        self._merge()
+        self._merge(short=bool(self._waiting))
         self._settle()
+
+    async def _change(self) -> None:
+        """Wait until a question is answered, a merge has ended, or an iteration begins."""
+        settled: defer.Deferred[None] = defer.Deferred()
+        self._settled.append(settled)
+        await settled
 
     def _settle(self) -> None:
         settled, self._settled = self._settled, []
         for waiter in settled:
             waiter.callback(None)
-
-
-def _upload(request: RequestUpdateModel, meta: ClientMeta) -> Upload:
-    weights = {item.weight_fullname: item.data for item in request.feature_map or ()}
-    return Upload(
-        request.fl_id or "",
-        {name: data for name, data in weights.items() if name is not None and data is not None},
-        meta.data_size,
-        meta.eval_data_size,
-        request.upload_loss,
-        request.upload_accuracy,
-    )

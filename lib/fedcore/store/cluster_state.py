@@ -7,7 +7,7 @@ connection is StoreUnavailable; a state that is not there is None or StateMissin
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +29,14 @@ class IterationMoved(StoreError):
     def __init__(self, number: int) -> None:
         super().__init__(f"the shared state is not where the caller is (now at iteration {number})")
         self.number = number
+
+
+class LedgerRevoked(StoreError):
+    """The shared state says that the caller's ledger belongs to another server, or to none."""
+
+
+class LeaseLapsed(StoreError):
+    """The shared state has not heard of the caller for too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +204,16 @@ class ClusterState:
         return Selection(word.decode()), int(count)
 
     async def accept_upload(
-        self, number: int, attempt: int, requested: int, fl_id: str, *, quorum: int, ledger_id: str, fit: bool
+        self,
+        number: int,
+        attempt: int,
+        requested: int,
+        fl_id: str,
+        *,
+        quorum: int,
+        ledger_id: str,
+        node_id: str,
+        fit: bool,
     ) -> tuple[Acceptance, int, ClientMeta | None]:
         """Count an update; the answer ACCEPTED is the only permission to say 200.
 
@@ -207,6 +224,7 @@ class ClusterState:
             fl_id: the client.
             quorum: updates that complete the iteration.
             ledger_id: where the update lies.
+            node_id: the server, which must own that ledger and hold a lease.
             fit: False only asks what the answer would be.
 
         Returns:
@@ -215,6 +233,8 @@ class ClusterState:
 
         Raises:
             IterationMoved: nothing is accepted in that iteration and attempt now.
+            LedgerRevoked: the ledger belongs to another server.
+            LeaseLapsed: the server's heartbeat has run out.
             StateMissing: Redis holds no state.
         """
         names = [
@@ -222,6 +242,8 @@ class ClusterState:
             self.keys.clients(number),
             self.keys.uploads(number),
             self.keys.uploads(requested),
+            self.keys.ledgers,
+            self.keys.heartbeat("server", node_id),
         ]
         arguments: list[Argument] = [
             number,
@@ -232,12 +254,42 @@ class ClusterState:
             ledger_id,
             int(fit),
             self._iteration_ttl,
+            node_id,
         ]
         word, count, text = await self.redis.script("accept_upload", names, arguments)
         self._raise_if_elsewhere(word, count)
         acceptance = Acceptance(word.decode())
         meta = ClientMeta.unpack(text) if acceptance is Acceptance.ACCEPTED else None
         return acceptance, int(count), meta
+
+    async def own_ledger(self, ledger_id: str, node_id: str, before: str = "") -> bool:
+        """Make a node the owner of a ledger by compare-and-set; False if neither it nor ``before`` owns it."""
+        arguments: list[Argument] = [ledger_id, node_id, before, self._job_ttl]
+        return bool(await self.redis.script("own_ledger", [self.keys.ledgers], arguments))
+
+    async def ledger_owner(self, ledger_id: str) -> str:
+        """Return the node that owns a ledger, "" if none does."""
+        owner = await self.redis.command("HGET", self.keys.ledgers, ledger_id)
+        return "" if owner is None else owner.decode()
+
+    async def forget_ledger(self, ledger_id: str) -> None:
+        """Take a ledger off the list."""
+        await self.redis.command("HDEL", self.keys.ledgers, ledger_id)
+
+    async def is_alive(self, role: str, node_id: str) -> bool:
+        """Tell whether a node's lease holds."""
+        return bool(await self.redis.command("EXISTS", self.keys.heartbeat(role, node_id)))
+
+    async def counted(self, number: int, ledger_id: str, fl_ids: Sequence[str]) -> dict[str, ClientMeta]:
+        """Return those of the clients whose update of an iteration is counted in this ledger."""
+        if not fl_ids:
+            return {}
+        holders = await self.redis.command("HMGET", self.keys.uploads(number), *fl_ids)
+        metas = await self.redis.command("HMGET", self.keys.clients(number), *fl_ids)
+        found = zip(fl_ids, holders, metas, strict=True)
+        return {
+            fl_id: ClientMeta.unpack(meta) for fl_id, holder, meta in found if holder == ledger_id.encode()
+        }
 
     async def uploads_by_ledger(self, number: int) -> dict[str, int]:
         """Return how many accepted updates of an iteration lie in each ledger."""
@@ -316,3 +368,7 @@ class ClusterState:
             raise StateMissing("Redis holds no status of this instance")
         if word == b"closed":
             raise IterationMoved(int(number))
+        if word == b"revoked":
+            raise LedgerRevoked("the ledger belongs to another server")
+        if word == b"lapsed":
+            raise LeaseLapsed("the server's heartbeat has run out")

@@ -8,11 +8,12 @@
     P server:heartbeat:{node}:String                string  10 s       ip:port; each server, every second
     P worker:Hash, P worker:heartbeat:{id}:String   as server           each worker
     P waiting:ZSet                                  zset    as needed  refused fl_id -> when it is told to return (ms)
+    P ledgers:Hash                                  hash    job        ledger id -> node id of its owner; scripts
     I clients:Hash                                  hash    iteration  fl_id -> "data_size,eval_data_size,start_ms"
     I uploads:Hash                                  hash    iteration  fl_id -> id of the ledger that holds the update
 
 with P = ms_fl:{fl}:{instance}: and I = P{iteration}:. The names down to worker:Hash are those that the workers and
-schedulers of MindSpore Federated 0.1 read; ``waiting``, ``clients`` and ``uploads`` are fedcore's own.
+schedulers of MindSpore Federated 0.1 read; ``waiting``, ``ledgers``, ``clients`` and ``uploads`` are fedcore's own.
 
 Fields of status:Hash. Theirs: iterationNum, lastIterationSuccess ("0"/"1"), lastIterationResult, runningState.
 Ours: attempt, phase, token (of the server that reduces), digest (of the candidate model), startedMs and
@@ -71,6 +72,11 @@ class InstanceKeys:
     def waiting(self) -> str:
         """Places reserved for refused clients."""
         return f"{self.prefix}waiting:ZSet"
+
+    @property
+    def ledgers(self) -> str:
+        """Owners of the ledgers."""
+        return f"{self.prefix}ledgers:Hash"
 
     def nodes(self, role: str) -> str:
         """Nodes of a role (``server`` or ``worker``)."""

@@ -1,4 +1,4 @@
-"""Slots, acceptance, merging and sealing of one server's updates."""
+"""Slots, acceptance, merging, sealing and settling of one server's updates."""
 
 from __future__ import annotations
 
@@ -6,245 +6,309 @@ import threading
 
 import numpy as np
 import pytest
+from unit.ledger.histories import MODEL, SHAPE, Device, assert_holds, body_of, read
+from unit.ledger.tracing import Held, Tracing
 
 from fedcore.errors import LocalError
-from fedcore.ledger.ledger import MERGE_BATCH, Ledger, Slot, Upload
+from fedcore.ledger import ledger as ledger_module
+from fedcore.ledger.layout import MAX_FL_ID, Damaged, Epoch, Shape, SlotState, Totals, sum_of
+from fedcore.ledger.ledger import MERGE_BATCH, Ledger, Slot, Update
 from fedcore.wire.arrays import Layout, Weight
 
-LAYOUT = Layout((Weight("a", (2,)), Weight("b", (2, 2)), Weight("fixed", (3,), aggregated=False)))
+EPOCH = Epoch("instance", 1, 1, "0" * 64)
 
 
-def ledger(budget_slots: int = 4) -> Ledger:
-    made = Ledger(LAYOUT, 100, 100 * budget_slots)
-    made.begin(5, 1)
-    return made
+def new_ledger(shape: Shape = SHAPE, model: Layout = MODEL) -> Ledger:
+    ledger = Ledger.create(Tracing(shape.size), model, shape)
+    ledger.begin(EPOCH)
+    return ledger
 
 
-def upload(fl_id: str, value: float = 1.0, data_size: int = 2, **figures: float) -> Upload:
-    weights = {"a": np.full(2, value, np.float32), "b": np.full(4, 2 * value, np.float32)}
-    known = {"eval_data_size": 4, "loss": 0.5, "accuracy": 0.75, **figures}
-    return Upload(fl_id, weights, data_size, **known)  # type: ignore[arg-type]
-
-
-def take(of: Ledger) -> Slot:
-    slot = of.receive()
+def take(ledger: Ledger) -> Slot:
+    slot = ledger.receive()
     assert slot is not None
     return slot
 
 
-def accept(into: Ledger, *fl_ids: str, value: float = 1.0) -> None:
-    for fl_id in fl_ids:
-        into.accept(take(into), upload(fl_id, value))
+def received(ledger: Ledger, device: Device) -> Slot:
+    """Bring a device's update as far as the question to the shared state."""
+    slot, body = take(ledger), body_of(device)
+    slot.buffer[: len(body)] = body
+    slot.length = len(body)
+    update = read(slot.body, device.data_size, device.eval_data_size)
+    ledger.record(slot, device.fl_id, update.loss, update.accuracy)
+    return slot
 
 
-def merge_all(of: Ledger) -> None:
-    while of.unmerged:
-        of.start_merge().run()
-        of.finish_merge()
+def accept(ledger: Ledger, *devices: Device) -> None:
+    for device in devices:
+        slot = received(ledger, device)
+        ledger.accept(slot, read(slot.body, device.data_size, device.eval_data_size))
 
 
-def free_slots(of: Ledger) -> int:
-    slots = []
-    while (slot := of.receive()) is not None:
-        slots.append(slot)
-    for slot in slots:
-        of.release(slot)
-    return len(slots)
+def merge_all(ledger: Ledger) -> None:
+    while ledger.unmerged:
+        for slot in ledger.merge():
+            ledger.reuse(slot)
+
+
+def devices(count: int) -> list[Device]:
+    return [Device(f"client-{i}", i, data_size=i + 1) for i in range(count)]
 
 
 class TestSlots:
-    @pytest.mark.parametrize(
-        ("budget", "slots"), [(0, 4), (399, 4), (400, 4), (500, 5), (599, 5), (1000, 10)]
-    )
-    def test_there_are_as_many_as_the_memory_allows_and_never_fewer_than_four(
-        self, budget: int, slots: int
-    ) -> None:
-        assert free_slots(Ledger(LAYOUT, 100, budget)) == slots
+    def test_there_are_as_many_as_the_shape_says(self) -> None:
+        ledger = new_ledger()
+        slots = [take(ledger) for _ in range(SHAPE.slots)]
+        assert ledger.receive() is None
+        assert ledger.free_slots == 0
+        for slot in slots:
+            ledger.release(slot)
+        assert ledger.free_slots == SHAPE.slots
 
     def test_each_has_memory_of_its_own(self) -> None:
-        made = ledger()
-        slots = [take(made) for _ in range(4)]
+        ledger = new_ledger()
+        slots = [take(ledger) for _ in range(SHAPE.slots)]
         for i, slot in enumerate(slots):
-            assert len(slot.buffer) == made.slot_size == 100
-            slot.buffer[:] = bytes([i]) * 100
-        assert [slot.buffer[50] for slot in slots] == [0, 1, 2, 3]
-        assert made.receive() is None
-
-    def test_memory_is_used_again(self) -> None:
-        made = ledger()
-        slots = [take(made) for _ in range(4)]
-        slots[2].length = 7
-        made.release(slots[2])
-        again = take(made)
-        assert again is slots[2]
-        assert again.length == 0
+            slot.buffer[:] = bytes([i]) * SHAPE.slot_size
+        assert [set(slot.buffer) for slot in slots] == [{0}, {1}, {2}]
 
     def test_the_body_is_what_was_received(self) -> None:
-        slot = take(ledger())
+        slot = take(new_ledger())
         slot.buffer[:5] = b"hello"
         slot.length = 5
         assert bytes(slot.body) == b"hello"
+        assert slot.body.readonly
 
-    def test_every_ledger_has_a_name_of_its_own(self) -> None:
-        assert len({ledger().id for _ in range(50)}) == 50
+    def test_a_slot_knows_its_ledger(self) -> None:
+        mine, other = new_ledger(), new_ledger()
+        assert mine.id != other.id
+        assert mine.owns(take(mine))
+        assert not mine.owns(take(other))
+
+    def test_a_client_id_that_does_not_fit_is_refused_before_anything_is_written(self) -> None:
+        ledger = new_ledger()
+        ledger.record(take(ledger), "x" * MAX_FL_ID, 0.0, 0.0)
+        slot = take(ledger)
+        with pytest.raises(LocalError, match="does not fit"):
+            ledger.record(slot, "x" * (MAX_FL_ID + 1), 0.0, 0.0)
 
 
 class TestAccept:
     def test_an_update_is_held_before_and_after_its_merge(self) -> None:
-        made = ledger()
-        accept(made, "x")
-        assert (made.holds("x"), made.holds("y"), made.unmerged) == (True, False, 1)
-        merge_all(made)
-        assert (made.holds("x"), made.unmerged) == (True, 0)
+        ledger = new_ledger()
+        assert ledger.idle
+        accept(ledger, Device("x", 1))
+        assert (ledger.holds("x"), ledger.holds("y"), ledger.unmerged, ledger.idle) == (True, False, 1, False)
+        merge_all(ledger)
+        assert (ledger.holds("x"), ledger.unmerged, ledger.idle) == (True, 0, False)
 
-    def test_before_the_first_iteration_nothing_is_accepted(self) -> None:
-        made = Ledger(LAYOUT, 100, 400)
+    def test_before_the_first_iteration_nothing_is_taken(self) -> None:
+        ledger = Ledger.create(Tracing(SHAPE.size), MODEL, SHAPE)
+        slot = take(ledger)
         with pytest.raises(LocalError):
-            accept(made, "x")
+            ledger.record(slot, "x", 0.0, 0.0)
+        with pytest.raises(LocalError):
+            ledger.accept(slot, Update("x", {}, 1, 0, 0.0, 0.0))
+        with pytest.raises(LocalError):
+            ledger.seal()
 
     def test_after_the_seal_nothing_is_accepted(self) -> None:
-        made = ledger()
-        made.seal()
+        ledger = new_ledger()
+        ledger.seal()
         with pytest.raises(LocalError):
-            accept(made, "x")
-        assert not made.holds("x")
+            accept(ledger, Device("x", 1))
+        assert not ledger.holds("x")
 
-    def test_totals(self) -> None:
-        made = ledger()
-        made.accept(take(made), upload("x", data_size=10, eval_data_size=3, loss=2.0, accuracy=0.5))
-        made.accept(take(made), upload("y", data_size=30, eval_data_size=0, loss=1.0, accuracy=0.9))
-        merge_all(made)
-        totals = made.seal().totals
-        assert (totals.count, totals.data_size, totals.eval_data_size) == (2, 40, 3)
-        assert (totals.loss, totals.accuracy) == (50.0, 1.5)
-        assert totals.fl_ids == {"x", "y"}
+    def test_nothing_is_accepted_twice(self) -> None:
+        ledger = new_ledger()
+        accept(ledger, Device("x", 1))
+        with pytest.raises(LocalError):
+            accept(ledger, Device("x", 1))
+        merge_all(ledger)
+        with pytest.raises(LocalError):
+            accept(ledger, Device("x", 2))
+        merge_all(ledger)
+        assert_holds(ledger.seal(), {"x": Device("x", 1)})
+
+    def test_no_more_than_the_ledger_lists(self) -> None:
+        ledger = new_ledger()
+        for device in devices(SHAPE.clients):
+            accept(ledger, device)
+            merge_all(ledger)
+        with pytest.raises(LocalError):
+            accept(ledger, Device("one more", 1))
 
 
 class TestMerge:
-    def test_adds_up(self) -> None:
-        made = ledger()
-        accept(made, "x", "y", value=3.0)
-        merge_all(made)
-        partial = made.seal()
-        assert partial.sums.sums.tolist() == [6.0, 6.0, 12.0, 12.0, 12.0, 12.0]
-        assert partial.sums.sizes == {"a": 4, "b": 4}
-        assert (partial.ledger_id, partial.iteration, partial.attempt) == (made.id, 5, 1)
+    @pytest.mark.parametrize("batch", [1, 2, 3, MERGE_BATCH])
+    def test_the_sum_is_that_of_all_whatever_the_batches(
+        self, monkeypatch: pytest.MonkeyPatch, batch: int
+    ) -> None:
+        monkeypatch.setattr(ledger_module, "MERGE_BATCH", batch)
+        ledger, all_of_them = new_ledger(), devices(7)
+        for start in range(0, 7, 3):
+            accept(ledger, *all_of_them[start : start + 3])
+            merge_all(ledger)
+        assert_holds(ledger.seal(), {device.fl_id: device for device in all_of_them})
 
-    def test_takes_the_oldest_and_not_too_many(self) -> None:
-        made = ledger(MERGE_BATCH + 2)
-        slots = [take(made) for _ in range(MERGE_BATCH + 2)]
-        for i, slot in enumerate(slots):
-            made.accept(slot, upload(f"c{i}"))
-        merge = made.start_merge()
-        assert merge.slots == slots[:MERGE_BATCH]
-        assert made.unmerged == 2
-        assert made.receive() is None, "a slot was given away while its update was being read"
-        merge.run()
-        made.finish_merge()
-        assert free_slots(made) == MERGE_BATCH
+    @pytest.mark.parametrize("size", [1, 6, 7, 8, 14, 15, 20])
+    def test_a_weight_longer_than_a_block_loses_no_element(
+        self, monkeypatch: pytest.MonkeyPatch, size: int
+    ) -> None:
+        monkeypatch.setattr(ledger_module, "BLOCK", 7)
+        model = Layout((Weight("a", (3,)), Weight("w", (size,)), Weight("z", (3,))))
+        shape = Shape.of(model, "job", 8, 3, 600)
+        ledger = new_ledger(shape, model)
+        sent = [{name: np.arange(n, dtype=np.float32) + i for name, n in zip("awz", (3, size, 3), strict=True)}
+                for i in range(5)]  # fmt: skip
+        for i, weights in enumerate(sent):
+            slot = take(ledger)
+            ledger.record(slot, str(i), 0.0, 0.0)
+            ledger.accept(slot, Update(str(i), weights, 2, 0, 0.0, 0.0))
+            if i % 2:
+                merge_all(ledger)
+        merge_all(ledger)
+        expected = sum(np.concatenate(list(weights.values())).astype(np.float64) for weights in sent)
+        np.testing.assert_array_equal(ledger.seal().sums, expected)
 
-    def test_only_one_at_a_time(self) -> None:
-        made = ledger()
-        accept(made, "x", "y")
-        made.start_merge()
-        with pytest.raises(LocalError):
-            made.start_merge()
-        made.finish_merge()
-        made.start_merge()
+    def test_updates_may_come_while_another_thread_merges(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ledger = new_ledger()
+        accept(ledger, Device("x", 1))
+        inside, go_on = threading.Event(), threading.Event()
+        add = ledger._add
 
-    def test_of_nothing_does_nothing(self) -> None:
-        made = ledger()
-        made.start_merge().run()
-        made.finish_merge()
-        made.finish_merge()
-        assert made.seal().sums.sums.tolist() == [0.0] * 6
+        def slow(updates: list[dict[str, np.ndarray]]) -> int:
+            inside.set()
+            assert go_on.wait(30)
+            return add(updates)
 
-    def test_updates_are_accepted_while_one_is_under_way(self) -> None:
-        """In real threads: the one that merges stands still in the middle."""
-        made = ledger()
-        accept(made, "x")
-        merge = made.start_merge()
-        begun, go_on = threading.Event(), threading.Event()
-
-        def run() -> None:
-            begun.set()
-            assert go_on.wait(10)
-            merge.run()
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        assert begun.wait(10)
-        accept(made, "y")
-        assert made.unmerged == 1
+        monkeypatch.setattr(ledger, "_add", slow)
+        worker = threading.Thread(target=ledger.merge)
+        worker.start()
+        assert inside.wait(30)
+        accept(ledger, Device("y", 2))
+        ledger.release(received(ledger, Device("refused", 3)))
         go_on.set()
-        thread.join(10)
-        made.finish_merge()
-        merge_all(made)
-        assert made.seal().totals.count == 2
+        worker.join()
+        assert (ledger.unmerged, ledger.holds("y")) == (1, True)
+        monkeypatch.undo()
+        merge_all(ledger)
+        assert_holds(ledger.seal(), {"x": Device("x", 1), "y": Device("y", 2)})
 
+    @pytest.mark.parametrize("step", ["_add", "_merged_in", "_commit"])
+    def test_a_merge_that_fails_changes_nothing_and_can_be_repeated(
+        self, monkeypatch: pytest.MonkeyPatch, step: str
+    ) -> None:
+        ledger = new_ledger()
+        accept(ledger, Device("x", 1))
+        merge_all(ledger)
+        accept(ledger, Device("y", 2))
 
-class TestSeal:
-    @pytest.mark.parametrize("under_way", [False, True])
-    def test_not_before_all_is_merged(self, under_way: bool) -> None:
-        made = ledger()
-        accept(made, "x")
-        if under_way:
-            made.start_merge()
+        def broken(*_: object) -> None:
+            raise OSError("the disk is gone")
+
+        monkeypatch.setattr(ledger, step, broken)
+        with pytest.raises(OSError):
+            ledger.merge()
         with pytest.raises(LocalError):
-            made.seal()
-
-    def test_may_be_repeated(self) -> None:
-        made = ledger()
-        accept(made, "x")
-        merge_all(made)
-        assert made.seal() == made.seal()
+            ledger.seal()
+        monkeypatch.undo()
+        merge_all(ledger)
+        assert_holds(ledger.seal(), {"x": Device("x", 1), "y": Device("y", 2)})
+        assert ledger.free_slots == SHAPE.slots
 
 
-class TestBegin:
-    def test_forgets_the_iteration_before(self) -> None:
-        made = ledger()
-        accept(made, "merged")
-        merge_all(made)
-        before = made.seal()
-        made.begin(6, 2)
-        accept(made, "x", value=1.0)
-        merge_all(made)
-        partial = made.seal()
-        assert not made.holds("merged")
-        assert (partial.iteration, partial.attempt, partial.totals.count) == (6, 2, 1)
-        assert partial.sums.sums.tolist() == [1.0, 1.0, 2.0, 2.0, 2.0, 2.0]
-        assert before.totals.fl_ids == {"merged"}, "the account of the iteration before was overwritten"
+class TestEpochs:
+    def test_an_empty_one_is_zeros(self) -> None:
+        partial = new_ledger().seal()
+        assert_holds(partial, {})
+        assert (partial.iteration, partial.attempt) == (1, 1)
 
-    def test_frees_what_was_not_merged(self) -> None:
-        made = ledger()
-        for fl_id in "wxyz":
-            slot = take(made)
-            slot.length = 9
-            made.accept(slot, upload(fl_id))
-        assert made.receive() is None
-        made.begin(6, 1)
-        assert (made.unmerged, free_slots(made)) == (0, 4)
-        assert take(made).length == 0
-        assert made.seal().sums.sums.tolist() == [0.0] * 6
+    def test_the_next_one_starts_anew_and_gets_all_slots_back(self) -> None:
+        ledger = new_ledger()
+        accept(ledger, Device("x", 1))
+        merge_all(ledger)
+        accept(ledger, Device("y", 2))
+        ledger.begin(Epoch("instance", 2, 1, "1" * 64))
+        assert (ledger.idle, ledger.holds("x"), ledger.free_slots) == (True, False, SHAPE.slots)
+        accept(ledger, Device("y", 3))
+        merge_all(ledger)
+        partial = ledger.seal()
+        assert_holds(partial, {"y": Device("y", 3)})
+        assert (partial.iteration, partial.attempt) == (2, 1)
 
-    def test_the_memory_of_the_sums_is_used_again(self) -> None:
-        made = ledger()
-        sums = made.seal().sums
-        made.begin(6, 1)
-        assert made.seal().sums is sums
+    def test_a_partial_stays_as_it_is(self) -> None:
+        ledger = new_ledger()
+        accept(ledger, Device("x", 1))
+        merge_all(ledger)
+        partial = ledger.seal()
+        assert_holds(partial, {"x": Device("x", 1)})
+        ledger.begin(Epoch("instance", 2, 1, "1" * 64))
+        assert partial.sizes.tolist() == [7, 7, 7]
+        assert partial.totals.count == 1
 
-    def test_a_merge_under_way_ends_in_its_own_sums(self) -> None:
-        made = ledger()
-        accept(made, "old", value=1000.0)
-        old = made.start_merge()
-        assert made.current(old)
-        made.begin(6, 1)
-        assert not made.current(old)
-        accept(made, "new", value=1.0)
-        old.run()
-        made.finish_merge()
-        merge_all(made)
-        partial = made.seal()
-        assert partial.sums.sums.tolist() == [1.0, 1.0, 2.0, 2.0, 2.0, 2.0]
-        assert partial.totals.fl_ids == {"new"}
-        assert free_slots(made) == 4
+    def test_nothing_is_sealed_before_it_is_merged(self) -> None:
+        ledger = new_ledger()
+        accept(ledger, Device("x", 1))
+        with pytest.raises(LocalError, match="before its updates were merged"):
+            ledger.seal()
+
+
+class TestSettle:
+    """What an adopter does with updates that were not in the sum when their server died."""
+
+    def left(self, *, counted: tuple[str, ...] = ()) -> tuple[Ledger, list[str]]:
+        owner = new_ledger()
+        received(owner, Device("asked", 1))
+        accept(owner, Device("accepted", 2))
+        heir, entries = Ledger.recover(Held(owner._storage.buffer), MODEL, EPOCH)  # type: ignore[arg-type]
+        assert [entry.state for entry in entries] == [SlotState.ACCEPTED, SlotState.RECEIVED]
+        sizes = dict.fromkeys(counted, (7, 3))
+        return heir, heir.settle(entries, sizes, read)
+
+    def test_what_the_shared_state_counted_is_taken_up(self) -> None:
+        heir, lost = self.left(counted=("asked",))
+        merge_all(heir)
+        assert not lost
+        assert_holds(heir.seal(), {"asked": Device("asked", 1), "accepted": Device("accepted", 2)})
+
+    def test_what_it_did_not_count_is_freed(self) -> None:
+        heir, lost = self.left()
+        merge_all(heir)
+        assert not lost
+        assert heir.free_slots == SHAPE.slots
+        assert_holds(heir.seal(), {"accepted": Device("accepted", 2)})
+
+    def test_of_two_copies_the_readable_one_counts(self) -> None:
+        for broken in (0, 1):
+            owner = new_ledger()
+            slots = [received(owner, Device("x", 1)) for _ in range(2)]
+            slots[broken].buffer[40] ^= 1
+            heir, entries = Ledger.recover(Held(owner._storage.buffer), MODEL, EPOCH)  # type: ignore[arg-type]
+            assert heir.settle(entries, {"x": (7, 3)}, read) == []
+            merge_all(heir)
+            assert_holds(heir.seal(), {"x": Device("x", 1)})
+
+    def test_a_counted_body_that_is_no_request_is_lost(self) -> None:
+        owner = new_ledger()
+        slot = take(owner)
+        slot.buffer[:4] = b"\xff" * 4
+        slot.length = 4
+        owner.record(slot, "x", 0.0, 0.0)
+        heir, entries = Ledger.recover(Held(owner._storage.buffer), MODEL, EPOCH)  # type: ignore[arg-type]
+        assert len(heir.settle(entries, {"x": (7, 3)}, read)) == 1
+
+    def test_the_wrong_epoch_is_not_taken_over(self) -> None:
+        owner = new_ledger()
+        with pytest.raises(Damaged, match="iteration 1, attempt 1"):
+            Ledger.recover(Held(owner._storage.buffer), MODEL, Epoch("instance", 1, 2, "0" * 64))  # type: ignore[arg-type]
+
+
+def test_totals_of_several_ledgers_add_up() -> None:
+    assert sum_of([]) == Totals()
+    assert sum_of([Totals(1, 2, 3, 0.5, 0.25), Totals(10, 20, 30, 5.0, 2.5)]) == Totals(11, 22, 33, 5.5, 2.75)
+
+
+def test_every_ledger_has_a_name_of_its_own() -> None:
+    assert len({new_ledger().id for _ in range(20)}) == 20

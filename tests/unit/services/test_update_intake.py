@@ -6,6 +6,7 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,25 @@ import pytest
 from twisted.internet import defer, task
 from twisted.logger import capturedLogs
 from twisted.python.failure import Failure
+from unit.ledger.tracing import Tracing
 
 from fedcore.core.admission import Acceptance
 from fedcore.errors import LocalError, StoreUnavailable
+from fedcore.ledger import layout
+from fedcore.ledger.files import NoSpace
+from fedcore.ledger.layout import Epoch, Shape, SlotState
 from fedcore.ledger.ledger import MERGE_BATCH, Ledger, Partial, Slot
+from fedcore.ledger.spool import Spool
+from fedcore.services import update_intake
 from fedcore.services.update_intake import INLINE_FLOATS, RETRY_S, NoRoom, UpdateIntake
-from fedcore.store.cluster_state import ClientMeta, ClusterState, IterationMoved, StateMissing
+from fedcore.store.cluster_state import (
+    ClientMeta,
+    ClusterState,
+    IterationMoved,
+    LeaseLapsed,
+    LedgerRevoked,
+    StateMissing,
+)
 from fedcore.wire.arrays import Layout, Weight
 from fedcore.wire.messages import FeatureMap, RequestUpdateModel
 
@@ -26,6 +40,7 @@ LAYOUT = Layout((Weight("w", (4,)),))
 META = ClientMeta(data_size=2, eval_data_size=3, start_ms=0)
 ROOM_TIMEOUT = 8.0
 SLOTS = 4
+BODY = 16
 ACCEPTED, REPEATED = Acceptance.ACCEPTED, Acceptance.REPEATED
 
 
@@ -42,8 +57,11 @@ class Question:
     def answer(self, acceptance: Acceptance, count: int = 1) -> None:
         self.reply.callback((acceptance, count, META if acceptance is ACCEPTED else None))
 
+    def fail(self, error: Exception) -> None:
+        self.reply.errback(error)
+
     def lose(self) -> None:
-        self.reply.errback(StoreUnavailable("gone"))
+        self.fail(StoreUnavailable("gone"))
 
 
 class SharedState:
@@ -55,9 +73,18 @@ class SharedState:
         self._back: list[defer.Deferred[None]] | None = None
 
     async def accept_upload(
-        self, number: int, attempt: int, requested: int, fl_id: str, *, quorum: int, ledger_id: str, fit: bool
+        self,
+        number: int,
+        attempt: int,
+        requested: int,
+        fl_id: str,
+        *,
+        quorum: int,
+        ledger_id: str,
+        node_id: str,
+        fit: bool,
     ) -> tuple[Acceptance, int, ClientMeta | None]:
-        question = Question((number, attempt, requested, fl_id, quorum, ledger_id, fit))
+        question = Question((number, attempt, requested, fl_id, quorum, ledger_id, node_id, fit))
         self.questions.append(question)
         return await question.reply
 
@@ -112,53 +139,114 @@ class Reactor(task.Clock):
         self.jobs.popleft()()
 
 
+def epoch_of(number: int, attempt: int = 1) -> Epoch:
+    return Epoch("instance", number, attempt, f"{number:064x}")
+
+
+class Ledgers:
+    """Stands for the real one, with one ledger in memory.
+
+    Attributes:
+        begun: the epochs that were begun.
+    """
+
+    def __init__(self, own: Ledger, durable: bool) -> None:
+        self.own: Ledger | None = own
+        self.problem = ""
+        self.durable = durable
+        self.adopted: dict[str, Partial] = {}
+        self.begun: list[Epoch] = []
+
+    def begin(self, epoch: Epoch) -> None:
+        self.begun.append(epoch)
+
+
 class World:
     """An intake, and short words for what happens to it."""
 
-    def __init__(self, *, threads: bool = False, slots: int = SLOTS) -> None:
+    def __init__(
+        self, directory: Path, *, threads: bool = False, durable: bool = False, slots: int = SLOTS
+    ) -> None:
         self.shared = SharedState()
         self.reactor = Reactor()
-        self.ledger = Ledger(LAYOUT, 64, 64 * slots)
+        shape = Shape.of(LAYOUT, "job", clients=64, slots=slots, slot_size=64)
+        self.storage = Tracing(shape.size)
+        self.ledger = Ledger.create(self.storage, LAYOUT, shape)
+        self.ledgers = Ledgers(self.ledger, durable)
         floats = INLINE_FLOATS + 1 if threads else INLINE_FLOATS
-        self.intake = UpdateIntake(self.ledger, floats, ROOM_TIMEOUT, self.reactor)
-        self.intake.begin(5, 1)
+        self.intake = UpdateIntake(
+            self.ledgers,  # type: ignore[arg-type]
+            directory / "spool",
+            "node-1",
+            floats,
+            ROOM_TIMEOUT,
+            self.reactor,
+        )
+        self.number = 5
+        self.intake.begin(epoch_of(5))
+
+    def begin(self, number: int, attempt: int = 1) -> None:
+        """The server goes to another iteration, and so do the devices."""
+        self.number = number
+        self.intake.begin(epoch_of(number, attempt))
 
     def upload(
-        self, fl_id: str, value: float = 1.0, *, fit: bool = True, slot: Slot | None = None
+        self,
+        fl_id: str,
+        value: float = 1.0,
+        *,
+        fit: bool = True,
+        slot: Slot | None = None,
+        attempt: int = 1,
     ) -> defer.Deferred[tuple[Acceptance, int]]:
         """A device's update comes in; its question is the newest of ``shared.questions``."""
-        slot = slot or self.intake.receive()
-        assert slot is not None
-        slot.length = 16
-        values = np.frombuffer(slot.buffer[:16], np.float32)
+        slot = slot or self.complete(self.intake.receive(BODY))
+        slot.length = BODY
+        values = np.frombuffer(slot.buffer[:BODY], np.float32)
         values[:] = value
         request = RequestUpdateModel(
             fl_id=fl_id,
-            iteration=5,
+            iteration=self.number,
             feature_map=(FeatureMap("w", values),),
             timestamp="1",
             upload_loss=0.5,
             upload_accuracy=0.25,
         )
-        accepting = self.intake.accept(slot, request, self.shared, 5, 1, quorum=9, fit=fit)  # type: ignore[arg-type]
-        return defer.Deferred.fromCoroutine(accepting)
+        return start(
+            self.intake.accept(
+                slot,
+                request,
+                self.shared,  # type: ignore[arg-type]
+                self.number,
+                attempt,
+                quorum=9,
+                fit=fit,
+            )
+        )
 
-    def accepted(self, fl_id: str, value: float = 1.0) -> None:
-        uploaded = self.upload(fl_id, value)
+    def complete(self, room: Slot | Spool) -> Slot:
+        """All of a body is there, and there is a slot for it."""
+        return result_of(start(self.intake.slot_for(room)))  # type: ignore[no-any-return]
+
+    def accepted(self, fl_id: str, value: float = 1.0, *, slot: Slot | None = None, attempt: int = 1) -> None:
+        uploaded = self.upload(fl_id, value, slot=slot, attempt=attempt)
         self.shared.questions[-1].answer(ACCEPTED)
         assert result_of(uploaded) == (ACCEPTED, 1)
 
     def seal(self) -> defer.Deferred[Partial]:
         return start(self.intake.seal())
 
+    @property
     def free_slots(self) -> int:
-        """Take all free slots and put them back."""
-        slots = []
-        while (slot := self.ledger.receive()) is not None:
-            slots.append(slot)
-        for slot in slots:
-            self.ledger.release(slot)
-        return len(slots)
+        return self.ledger.free_slots
+
+    def on_record(self) -> dict[str, SlotState]:
+        """What a crash now would leave: client -> state, of updates that are in no sum."""
+        _, found = layout.examine(memoryview(bytearray(self.storage.content)))
+        return {entry.record.fl_id: entry.state for entry in found.pending}
+
+    def flushes(self) -> int:
+        return self.storage.trace.count(None)
 
 
 def start(work: Coroutine[Any, Any, Any]) -> defer.Deferred[Any]:
@@ -176,17 +264,26 @@ def result_of(done: defer.Deferred[Any]) -> Any:
 
 
 def sums_of(partial: Partial) -> list[float]:
-    return partial.sums.sums.tolist()
+    return partial.sums.tolist()
+
+
+def clients(*fl_ids: str) -> set[bytes]:
+    return {layout.client_hash(fl_id) for fl_id in fl_ids}
 
 
 @pytest.fixture
-def world() -> World:
-    return World()
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
 
 
 @pytest.fixture
-def threaded() -> World:
-    return World(threads=True)
+def threaded(tmp_path: Path) -> World:
+    return World(tmp_path, threads=True)
+
+
+@pytest.fixture
+def durable(tmp_path: Path) -> World:
+    return World(tmp_path, durable=True)
 
 
 # ---- acceptance
@@ -202,19 +299,19 @@ class TestAccept:
         totals = partial.totals
         assert (totals.count, totals.data_size, totals.eval_data_size) == (2, 4, 6)
         assert (totals.loss, totals.accuracy) == (2.0, 1.5)
-        assert totals.fl_ids == {"a", "b"}
-        assert world.free_slots() == SLOTS
+        assert set(partial.clients) == clients("a", "b")
+        assert world.free_slots == SLOTS
 
     def test_asks_with_what_it_was_given(self, world: World) -> None:
         world.upload("a", fit=False)
-        assert world.shared.questions[0].asked == (5, 1, 5, "a", 9, world.ledger.id, False)
+        assert world.shared.questions[0].asked == (5, 1, 5, "a", 9, world.ledger.id, "node-1", False)
 
     @pytest.mark.parametrize("word", [word for word in Acceptance if word is not ACCEPTED])
     def test_what_is_refused_leaves_the_slot_to_the_caller(self, world: World, word: Acceptance) -> None:
         uploaded = world.upload("a")
         world.shared.questions[0].answer(word, 7)
         assert result_of(uploaded) == (word, 7)
-        assert world.free_slots() == SLOTS - 1
+        assert world.free_slots == SLOTS - 1
         assert sums_of(result_of(world.seal())) == [0.0] * 4
 
     @pytest.mark.parametrize("error", [IterationMoved(6), StateMissing("none")])
@@ -257,6 +354,145 @@ class TestAccept:
         with pytest.raises(IterationMoved):
             result_of(uploaded)
 
+    def test_an_iteration_that_is_not_served_is_the_callers_business(self, world: World) -> None:
+        world.intake.begin(epoch_of(6))
+        with pytest.raises(IterationMoved) as moved:
+            result_of(world.upload("a"))
+        assert moved.value.number == 6
+        world.intake.begin(epoch_of(5, 2))
+        with pytest.raises(IterationMoved):
+            result_of(world.upload("a"))
+        assert not world.shared.questions
+
+    def test_without_a_ledger_nothing_is_asked(self, world: World) -> None:
+        slot = world.complete(world.intake.receive(BODY))
+        world.ledgers.own, world.ledgers.problem = None, "the disk is full"
+        with pytest.raises(StoreUnavailable, match="the disk is full"):
+            result_of(world.upload("a", slot=slot))
+        assert not world.shared.questions
+
+    def test_a_lapsed_lease_comes_back(self, world: World) -> None:
+        uploaded = world.upload("a", 3.0)
+        for times in range(1, 101):
+            world.shared.questions[-1].fail(LeaseLapsed("late"))
+            assert len(world.shared.questions) == times, "asked without a pause"
+            world.reactor.advance(RETRY_S)
+        assert len({question.asked for question in world.shared.questions}) == 1
+        world.shared.questions[-1].answer(ACCEPTED)
+        assert result_of(uploaded) == (ACCEPTED, 1)
+        assert sums_of(result_of(world.seal())) == [3.0] * 4
+
+    def test_a_ledger_that_is_not_listed_yet_is_asked_for_again(self, world: World) -> None:
+        uploaded = world.upload("a", 3.0)
+        world.shared.questions[0].fail(LedgerRevoked("not yet"))
+        assert len(world.shared.questions) == 1
+        world.reactor.advance(RETRY_S)
+        world.shared.questions[1].answer(ACCEPTED)
+        assert result_of(uploaded) == (ACCEPTED, 1)
+        assert sums_of(result_of(world.seal())) == [3.0] * 4
+
+    def test_a_ledger_that_stays_revoked_is_the_callers_business(self, world: World) -> None:
+        uploaded = world.upload("a")
+        while not uploaded.called:
+            assert world.reactor.seconds() < ROOM_TIMEOUT + 2 * RETRY_S
+            world.shared.questions[-1].fail(LedgerRevoked("taken"))
+            world.reactor.advance(RETRY_S)
+        with pytest.raises(LedgerRevoked):
+            result_of(uploaded)
+        assert result_of(world.seal()).totals.count == 0
+
+    def test_a_revoked_ledger_holds_up_no_seal(self, world: World) -> None:
+        uploaded = world.upload("a")
+        sealed = world.seal()
+        world.shared.questions[0].fail(LedgerRevoked("taken"))
+        with pytest.raises(LedgerRevoked):
+            result_of(uploaded)
+        assert result_of(sealed).totals.count == 0
+
+    def test_of_a_ledger_that_was_dropped_nothing_is_asked_again(self, world: World) -> None:
+        uploaded = world.upload("a")
+        world.ledgers.own = None
+        world.shared.questions[0].fail(LedgerRevoked("taken"))
+        with pytest.raises(LedgerRevoked):
+            result_of(uploaded)
+
+
+# ---- on record
+
+
+class TestRecord:
+    def test_comes_before_the_question(self, world: World) -> None:
+        uploaded = world.upload("a", 3.0)
+        assert len(world.shared.questions) == 1
+        assert world.on_record() == {"a": SlotState.RECEIVED}
+        assert not world.ledger.holds("a")
+        world.shared.questions[0].answer(ACCEPTED)
+        assert result_of(uploaded) == (ACCEPTED, 1)
+        assert world.on_record() == {"a": SlotState.ACCEPTED}
+        result_of(world.seal())
+        assert world.on_record() == {}
+
+    def test_of_unfit_weights_there_is_none(self, world: World) -> None:
+        world.upload("a", fit=False)
+        assert world.on_record() == {}
+
+    def test_ends_with_the_release(self, world: World) -> None:
+        slot = world.complete(world.intake.receive(BODY))
+        world.upload("a", slot=slot)
+        world.shared.questions[0].answer(Acceptance.FULL)
+        world.intake.release(slot)
+        assert world.on_record() == {}
+        assert world.free_slots == SLOTS
+
+    def test_in_memory_needs_no_flush(self, world: World) -> None:
+        flushes = world.flushes()
+        world.accepted("a")
+        assert (world.flushes(), len(world.reactor.jobs)) == (flushes, 0)
+
+    def test_is_on_the_disk_before_the_question(self, durable: World) -> None:
+        flushes = durable.flushes()
+        uploaded = durable.upload("a", 3.0)
+        assert durable.on_record() == {"a": SlotState.RECEIVED}
+        assert (durable.flushes(), durable.shared.questions) == (flushes, [])
+        sealed = durable.seal()
+        durable.reactor.work()
+        assert durable.flushes() == flushes + 1
+        assert not sealed.called
+        durable.shared.questions[0].answer(ACCEPTED)
+        assert result_of(uploaded) == (ACCEPTED, 1)
+        durable.reactor.work()  # what flushes merges in a thread as well
+        assert sums_of(result_of(sealed)) == [3.0] * 4
+
+    def test_those_that_come_during_a_flush_share_the_next(self, durable: World) -> None:
+        flushes = durable.flushes()
+        for fl_id in "abc":
+            durable.upload(fl_id)
+        assert len(durable.reactor.jobs) == 1
+        durable.reactor.work()
+        assert [question.asked[3] for question in durable.shared.questions] == ["a"]
+        assert len(durable.reactor.jobs) == 1
+        durable.reactor.work()
+        assert [question.asked[3] for question in durable.shared.questions] == ["a", "b", "c"]
+        assert durable.flushes() == flushes + 2
+        assert not durable.reactor.jobs
+
+    def test_a_flush_that_fails_fails_only_those_it_was_for(
+        self, durable: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail() -> None:
+            raise OSError("the disk is gone")
+
+        first = durable.upload("a")
+        monkeypatch.setattr(durable.storage, "sync", fail)
+        second = durable.upload("b")
+        durable.reactor.work()
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="the disk is gone"):
+            result_of(first)
+        assert not second.called
+        durable.reactor.work()
+        assert [question.asked[3] for question in durable.shared.questions] == ["b"]
+
 
 class TestRepeats:
     def test_two_updates_of_one_client_at_once_count_once(self, world: World) -> None:
@@ -266,8 +502,8 @@ class TestRepeats:
             question.answer(ACCEPTED)
         assert result_of(first) == (ACCEPTED, 1)
         assert result_of(second) == (REPEATED, 1)
-        assert world.free_slots() == SLOTS - 1  # the second one's is the caller's
         partial = result_of(world.seal())
+        assert world.free_slots == SLOTS - 1  # the second one's is the caller's
         assert (sums_of(partial), partial.totals.count) == ([1.0] * 4, 1)
 
     def test_a_later_repeat_is_known(self, world: World) -> None:
@@ -341,11 +577,25 @@ class TestSeal:
         threaded.accepted("a", 1.0)
         threaded.accepted("b", 10.0)
         sealed = threaded.seal()
-        threaded.reactor.work()  # the first went alone
+        assert len(threaded.reactor.jobs) == 1
         assert not sealed.called
         threaded.reactor.work()
         assert sums_of(result_of(sealed)) == [11.0] * 4
-        assert threaded.free_slots() == SLOTS
+        assert threaded.free_slots == SLOTS
+
+    def test_waits_for_all_batches(self, tmp_path: Path) -> None:
+        world = World(tmp_path, threads=True, slots=2 * MERGE_BATCH)
+        for i in range(MERGE_BATCH + 1):
+            world.accepted(f"c{i}")
+        sealed = world.seal()
+        world.reactor.work()
+        assert not sealed.called
+        world.reactor.work()
+        assert sums_of(result_of(sealed)) == [MERGE_BATCH + 1.0] * 4
+
+    def test_without_a_ledger_there_are_no_sums(self, world: World) -> None:
+        world.ledgers.own = None
+        assert result_of(world.seal()) is None
 
     def test_can_be_repeated(self, world: World) -> None:
         """A lost connection between seal and publication lets the reduction begin again."""
@@ -370,26 +620,65 @@ def break_sums(world: World) -> None:
     def fail(updates: object) -> None:
         raise MemoryError("no room for the sums")
 
-    world.ledger._sums.add = fail  # type: ignore[method-assign]
+    world.ledger._add = fail  # type: ignore[assignment,method-assign]
+
+
+def mend_sums(world: World) -> None:
+    del world.ledger._add
 
 
 class TestMerge:
     def test_small_models_need_no_thread(self, world: World, threaded: World) -> None:
-        world.accepted("a")
-        assert not world.reactor.jobs
-        threaded.accepted("a")
-        assert len(threaded.reactor.jobs) == 1
+        for each in (world, threaded):
+            for fl_id in "abcd":
+                each.accepted(fl_id)
+        assert (world.free_slots, len(world.reactor.jobs)) == (SLOTS, 0)
+        assert (threaded.free_slots, len(threaded.reactor.jobs)) == (0, 1)
 
-    def test_only_one_at_a_time_and_several_updates_each(self) -> None:
-        world = World(threads=True, slots=2 * MERGE_BATCH + 2)
+    def test_what_waits_for_a_disk_needs_one(self, durable: World) -> None:
+        for fl_id in "abcd":
+            uploaded = durable.upload(fl_id)
+            durable.reactor.work()
+            durable.shared.questions[-1].answer(ACCEPTED)
+            assert result_of(uploaded)[0] is ACCEPTED
+        assert (durable.free_slots, len(durable.reactor.jobs)) == (0, 1)
+
+    def test_waits_for_a_batch(self, tmp_path: Path) -> None:
+        world = World(tmp_path, slots=2 * MERGE_BATCH)
+        for i in range(MERGE_BATCH - 1):
+            world.accepted(f"c{i}")
+        assert (world.ledger.unmerged, world.free_slots) == (MERGE_BATCH - 1, MERGE_BATCH + 1)
+        world.accepted("last")
+        assert (world.ledger.unmerged, world.free_slots) == (0, 2 * MERGE_BATCH)
+
+    def test_does_not_wait_when_room_is_short(self, world: World) -> None:
+        for fl_id in "abc":
+            world.accepted(fl_id)
+        assert (world.ledger.unmerged, world.free_slots) == (3, 1)
+        world.accepted("d")
+        assert (world.ledger.unmerged, world.free_slots) == (0, SLOTS)
+
+    def test_only_one_at_a_time_and_several_updates_each(self, tmp_path: Path) -> None:
+        world = World(tmp_path, threads=True, slots=2 * MERGE_BATCH + 2)
         for i in range(2 * MERGE_BATCH + 2):
             world.accepted(f"c{i}", 1.0)
-        for merged in (1, 1 + MERGE_BATCH, 1 + 2 * MERGE_BATCH, 2 + 2 * MERGE_BATCH):
+        for merged in (MERGE_BATCH, 2 * MERGE_BATCH):
             assert len(world.reactor.jobs) == 1
             world.reactor.work()
-            assert world.free_slots() == merged
+            assert world.free_slots == merged
         assert not world.reactor.jobs
-        assert sums_of(result_of(world.seal())) == [2.0 * MERGE_BATCH + 2] * 4
+        sealed = world.seal()
+        assert len(world.reactor.jobs) == 1
+        world.reactor.work()
+        assert sums_of(result_of(sealed)) == [2.0 * MERGE_BATCH + 2] * 4
+        assert world.free_slots == 2 * MERGE_BATCH + 2
+
+    def test_updates_are_accepted_meanwhile(self, tmp_path: Path) -> None:
+        world = World(tmp_path, threads=True, slots=2 * MERGE_BATCH)
+        for i in range(MERGE_BATCH + 2):
+            world.accepted(f"c{i}", 1.0)
+        world.reactor.work()
+        assert (world.ledger.unmerged, len(world.reactor.jobs)) == (2, 0)
 
     def test_a_failure_makes_the_seal_fail(self, threaded: World) -> None:
         break_sums(threaded)
@@ -408,45 +697,77 @@ class TestMerge:
         break_sums(world)
         for fl_id in "abcd":
             world.accepted(fl_id)
-        assert world.free_slots() == 1  # of the failed merge; the others were not tried
-        world.intake.begin(6, 1)
-        assert world.free_slots() == SLOTS
+        assert world.free_slots == 0  # what could not be added stays where it is safe
+        assert world.on_record() == dict.fromkeys("abcd", SlotState.ACCEPTED)
+        world.begin(6)
+        assert world.free_slots == SLOTS
 
     def test_a_failure_ends_with_its_iteration(self, world: World) -> None:
         break_sums(world)
-        world.accepted("a")
-        del world.ledger._sums.add  # type: ignore[method-assign]
-        world.intake.begin(6, 1)
+        for fl_id in "abcd":
+            world.accepted(fl_id)
+        mend_sums(world)
+        world.begin(6)
         world.accepted("b", 2.0)
         assert sums_of(result_of(world.seal())) == [2.0] * 4
 
     def test_one_that_outlives_its_iteration_stays_out_of_the_next(self, threaded: World) -> None:
         """The iteration may fail by its deadline while a thread is still adding to its sums."""
-        threaded.accepted("a", 1000.0)
-        threaded.accepted("b", 1000.0)
-        threaded.intake.begin(6, 1)
+        for fl_id in "abcd":
+            threaded.accepted(fl_id, 1000.0)
+        threaded.begin(6)
+        assert threaded.ledgers.begun == [epoch_of(5)], "a thread is at the ledger"
+        threaded.reactor.work()
+        assert threaded.ledgers.begun == [epoch_of(5), epoch_of(6)]
+        assert threaded.free_slots == SLOTS
         threaded.accepted("c", 1.0)
         sealed = threaded.seal()
         threaded.reactor.work()
-        assert not sealed.called
-        threaded.reactor.work()
         partial = result_of(sealed)
-        assert (sums_of(partial), partial.totals.fl_ids, partial.iteration) == ([1.0] * 4, {"c"}, 6)
-        assert threaded.free_slots() == SLOTS
+        assert (sums_of(partial), set(partial.clients), partial.iteration) == ([1.0] * 4, clients("c"), 6)
+        assert threaded.free_slots == SLOTS
+
+    def test_an_update_waits_for_the_iteration_that_waits_for_a_merge(self, threaded: World) -> None:
+        slots = [threaded.complete(threaded.intake.receive(BODY)) for _ in range(SLOTS)]
+        threaded.accepted("a", 1000.0, slot=slots[0])
+        waiting = start(threaded.intake.wait_for_room())  # room is short: a merge begins
+        threaded.begin(6)
+        uploaded = threaded.upload("c", 1.0, slot=slots[1])
+        questions = len(threaded.shared.questions)
+        threaded.reactor.work()
+        assert waiting.called
+        assert len(threaded.shared.questions) == questions + 1
+        threaded.shared.questions[-1].answer(ACCEPTED)
+        assert result_of(uploaded) == (ACCEPTED, 1)
+        sealed = threaded.seal()
+        threaded.reactor.work()
+        assert sums_of(result_of(sealed)) == [1.0] * 4
+
+    def test_of_several_iterations_that_wait_only_the_last_begins(self, threaded: World) -> None:
+        for fl_id in "abcd":
+            threaded.accepted(fl_id)
+        threaded.begin(6)
+        threaded.begin(7)
+        threaded.reactor.work()
+        assert threaded.ledgers.begun == [epoch_of(5), epoch_of(7)]
+        threaded.accepted("a", 2.0)
 
     def test_one_that_outlives_its_iteration_and_fails_harms_nobody(self, threaded: World) -> None:
         break_sums(threaded)
-        threaded.accepted("a")
-        threaded.intake.begin(6, 1)
+        for fl_id in "abcd":
+            threaded.accepted(fl_id)
+        threaded.begin(6)
+        threaded.reactor.work()
+        mend_sums(threaded)
         threaded.accepted("c", 1.0)
-        while threaded.reactor.jobs:
-            threaded.reactor.work()
-        assert sums_of(result_of(threaded.seal())) == [1.0] * 4
+        sealed = threaded.seal()
+        threaded.reactor.work()
+        assert sums_of(result_of(sealed)) == [1.0] * 4
 
     def test_sums_begin_at_zero(self, world: World) -> None:
         world.accepted("a", 5.0)
-        world.intake.begin(6, 2)
-        world.accepted("a", 1.0)
+        world.begin(6, 2)
+        world.accepted("a", 1.0, attempt=2)
         partial = result_of(world.seal())
         assert (sums_of(partial), partial.totals.count, partial.attempt) == ([1.0] * 4, 1, 2)
 
@@ -456,10 +777,75 @@ class TestMerge:
 
 class TestRoom:
     def fill(self, world: World) -> list[Slot]:
-        slots = [world.intake.receive() for _ in range(SLOTS)]
-        assert all(slot is not None for slot in slots)
-        assert world.intake.receive() is None
-        return slots  # type: ignore[return-value]
+        """Take all slots."""
+        slots = [world.complete(world.intake.receive(BODY)) for _ in range(SLOTS)]
+        assert world.free_slots == 0
+        return slots
+
+    def test_the_last_quarter_is_for_complete_bodies(self, world: World) -> None:
+        rooms = [world.intake.receive(BODY) for _ in range(SLOTS + 1)]
+        assert [type(room) for room in rooms] == [Slot, Slot, Slot, Spool, Spool]
+        assert world.free_slots == 1
+        assert world.complete(rooms[0]) is rooms[0]
+        world.complete(rooms[3])
+        assert world.free_slots == 0
+
+    def test_what_was_spooled_counts_like_the_rest(self, world: World) -> None:
+        for _ in range(SLOTS - 1):
+            world.intake.receive(BODY)
+        spool = world.intake.receive(BODY)
+        assert isinstance(spool, Spool)
+        assert len(spool.buffer) == BODY
+        body = np.full(4, 3.0, np.float32).tobytes()
+        spool.buffer[:BODY] = body
+        spool.length = BODY
+        slot = world.complete(spool)
+        assert (bytes(slot.body), slot.length) == (body, BODY)
+        spool.buffer[:BODY] = bytes(BODY)  # a copy
+        assert bytes(slot.body) == body
+
+    def test_a_spool_may_have_to_wait_for_a_slot(self, world: World) -> None:
+        slots = self.fill(world)
+        spool = world.intake.receive(BODY)
+        assert isinstance(spool, Spool)
+        spool.buffer[:] = b"x" * BODY
+        spool.length = BODY
+        waiting = start(world.intake.slot_for(spool))
+        assert not waiting.called
+        world.intake.release(slots[2])
+        slot = result_of(waiting)
+        assert (slot.number, bytes(slot.body)) == (slots[2].number, b"x" * BODY)
+
+    def test_a_spool_is_no_slot_to_take_back(self, world: World) -> None:
+        self.fill(world)
+        waiting = start(world.intake.wait_for_room())
+        world.intake.release(world.intake.receive(BODY))
+        assert (world.free_slots, waiting.called) == (0, False)
+        waiting.cancel()
+        waiting.addErrback(lambda _: None)
+
+    def test_a_slot_of_another_ledger_is_not_taken_back(self, world: World, threaded: World) -> None:
+        """The one it came from was revoked meanwhile."""
+        slot = world.complete(world.intake.receive(BODY))
+        world.ledgers.own = threaded.ledger
+        world.intake.release(slot)
+        assert threaded.free_slots == SLOTS
+        world.ledgers.own = None
+        world.intake.release(slot)
+        assert world.free_slots == SLOTS - 1
+
+    def test_a_full_spool_directory_is_said(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(directory: Path, length: int) -> Spool:
+            raise NoSpace(f"an upload needs {length} bytes at {directory}")
+
+        monkeypatch.setattr(update_intake, "open_spool", full)
+        self.fill_slots_only(world)
+        with pytest.raises(NoSpace, match=f"needs {BODY} bytes"):
+            world.intake.receive(BODY)
+
+    def fill_slots_only(self, world: World) -> None:
+        for _ in range(SLOTS - 1):
+            assert isinstance(world.intake.receive(BODY), Slot)
 
     def test_first_come_first_served(self, world: World) -> None:
         slots = self.fill(world)
@@ -467,20 +853,25 @@ class TestRoom:
         for i, slot in enumerate(slots[:3]):
             assert [waiter.called for waiter in waiting] == [j < i for j in range(3)]
             world.intake.release(slot)
-            assert result_of(waiting[i]) is slot
+            assert result_of(waiting[i]).number == slot.number
 
     def test_nobody_overtakes_who_waits(self, world: World) -> None:
         slots = self.fill(world)
-        waiting = start(world.intake.wait_for_room())
-        world.ledger.release(slots[0])
-        assert world.intake.receive() is None
-        world.intake.release(slots[1])
-        assert waiting.called
-        assert world.intake.receive() is not None
+        first = start(world.intake.wait_for_room())
+        for slot in slots[:3]:
+            world.ledger.release(slot)
+        spool = world.intake.receive(BODY)
+        assert isinstance(spool, Spool)
+        second = start(world.intake.slot_for(spool))
+        assert not first.called and not second.called
+        world.intake.release(slots[3])
+        assert first.called and second.called
+        assert result_of(first).number == slots[3].number
+        assert isinstance(world.intake.receive(BODY), Slot)
 
     def test_no_room_in_time_is_said(self, world: World) -> None:
         slots = self.fill(world)
-        waiting = start(world.intake.wait_for_room())
+        waiting = start(world.intake.slot_for(world.intake.receive(BODY)))
         world.reactor.advance(ROOM_TIMEOUT - 0.1)
         assert not waiting.called
         world.reactor.advance(0.2)
@@ -488,7 +879,23 @@ class TestRoom:
             result_of(waiting)
         assert (refusal.value.http_status, refusal.value.retry_after) == (503, 5.0)
         world.intake.release(slots[0])
-        assert world.intake.receive() is slots[0], "a slot was given to one who has left"
+        assert world.free_slots == 1, "a slot was given to one who has left"
+
+    def test_without_a_ledger_the_reason_is_said(self, world: World) -> None:
+        world.ledgers.own, world.ledgers.problem = None, "the disk is full"
+        spool = world.intake.receive(BODY)
+        assert isinstance(spool, Spool)
+        waiting = start(world.intake.slot_for(spool))
+        world.reactor.advance(ROOM_TIMEOUT + 0.1)
+        with pytest.raises(NoRoom, match="the disk is full"):
+            result_of(waiting)
+
+    def test_a_ledger_that_is_opened_serves_those_who_wait(self, world: World) -> None:
+        world.ledgers.own = None
+        waiting = start(world.intake.slot_for(world.intake.receive(BODY)))
+        world.ledgers.own = world.ledger
+        world.intake.begin(epoch_of(5))
+        assert waiting.called
 
     def test_who_leaves_the_queue_takes_no_slot_along(self, world: World) -> None:
         slots = self.fill(world)
@@ -497,25 +904,36 @@ class TestRoom:
         with pytest.raises(defer.CancelledError):
             result_of(waiting[0])
         world.intake.release(slots[0])
-        assert result_of(waiting[1]) is slots[0]
+        assert result_of(waiting[1]).number == slots[0].number
 
     def test_merged_slots_go_to_those_who_wait(self, threaded: World) -> None:
         slots = self.fill(threaded)
-        uploaded = threaded.upload("a", slot=slots[0])
-        threaded.shared.questions[0].answer(ACCEPTED)
-        assert result_of(uploaded)[0] is ACCEPTED
+        threaded.accepted("a", slot=slots[0])
         waiting = start(threaded.intake.wait_for_room())
         assert not waiting.called
         threaded.reactor.work()
-        assert result_of(waiting) is slots[0]
-        assert slots[0].length == 0
+        slot = result_of(waiting)
+        assert (slot.number, slot.length) == (slots[0].number, 0)
+
+    def test_an_update_is_merged_at_once_while_somebody_waits(self, threaded: World) -> None:
+        slots = self.fill(threaded)
+        waiting = start(threaded.intake.wait_for_room())
+        assert not threaded.reactor.jobs
+        threaded.accepted("a", slot=slots[0])
+        threaded.reactor.work()
+        assert result_of(waiting).number == slots[0].number
 
     def test_slots_of_a_forgotten_iteration_go_to_those_who_wait(self, threaded: World) -> None:
         slots = self.fill(threaded)
+        break_sums(threaded)
         for fl_id, slot in zip("ab", slots, strict=False):
-            threaded.upload(fl_id, slot=slot)
-            threaded.shared.questions[-1].answer(ACCEPTED)
-        waiting = start(threaded.intake.wait_for_room())
-        threaded.intake.begin(6, 1)  # one of them is being merged
-        assert result_of(waiting) is slots[1]
-        assert slots[1].length == 0
+            threaded.accepted(fl_id, slot=slot)
+        waiting = [start(threaded.intake.wait_for_room()) for _ in range(3)]
+        threaded.begin(6)  # they are being merged
+        assert not waiting[0].called
+        threaded.reactor.work()
+        assert [waiter.called for waiter in waiting] == [True, True, False]
+        numbers = {result_of(waiter).number for waiter in waiting[:2]}
+        assert numbers == {slot.number for slot in slots[:2]}
+        waiting[2].cancel()
+        waiting[2].addErrback(lambda _: None)

@@ -1,13 +1,17 @@
 -- Count an update, at most once, and never beyond the quorum. The only permission to answer 200.
--- KEYS: status hash, clients hash, uploads hash (both of iteration ARGV[1]), uploads hash of the request's iteration
+-- KEYS: status hash, clients hash, uploads hash (both of iteration ARGV[1]), uploads hash of the request's iteration,
+--       ledgers hash, heartbeat of the server
 -- ARGV: the server's iteration, its attempt, the request's iteration, fl_id, quorum, ledger id,
---       1 if the weights may count, lifetime in seconds
+--       1 if the weights may count, lifetime in seconds, node id of the server
 -- Returns {word, number, text}: "missing"; "closed" (another iteration or attempt: number is the current iteration);
+-- "revoked" (the ledger is not the server's), "lapsed" (the server's lease has run out);
 -- "repeated" (text is the ledger that holds it), "full", "unknown", "other", "unfit", or "accepted" (number is the
 -- count, text the client's meta). A repeat by the same ledger is accepted again, even while the job is disabled: its
 -- owner knows whether it has kept the update, or lost the first reply.
 local holder = redis.call('HGET', KEYS[4], ARGV[4])
 if holder and (holder ~= ARGV[6] or ARGV[3] ~= ARGV[1]) then return {'repeated', 0, holder} end
+if redis.call('HGET', KEYS[5], ARGV[6]) ~= ARGV[9] then return {'revoked', 0, ''} end
+if redis.call('EXISTS', KEYS[6]) == 0 then return {'lapsed', 0, ''} end
 local number, attempt, phase, state =
   unpack(redis.call('HMGET', KEYS[1], 'iterationNum', 'attempt', 'phase', 'runningState'))
 if not number then return {'missing', 0, ''} end
@@ -23,6 +27,7 @@ if ARGV[7] ~= '1' then return {'unfit', count, ''} end
 
 redis.call('HSET', KEYS[3], ARGV[4], ARGV[6])
 if count == 0 then
+  redis.call('EXPIRE', KEYS[2], ARGV[8])
   redis.call('EXPIRE', KEYS[3], ARGV[8])
   local time = redis.call('TIME')
   redis.call('HSET', KEYS[1], 'firstUploadMs', time[1] * 1000 + math.floor(time[2] / 1000))
