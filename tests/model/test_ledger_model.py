@@ -163,11 +163,12 @@ class Server:
         self.begin()
 
     def begin(self) -> None:
-        """Serve the iteration that the shared state is in."""
-        for file in self.taken:
-            file.removed, file.lock = True, None
-        self.taken.clear()
-        self.adopted.clear()
+        """Serve the epoch that the shared state is in; what was adopted for the same one stays."""
+        if self.epoch != self.world.shared.epoch:
+            for file in self.taken:
+                file.removed, file.lock = True, None
+            self.taken.clear()
+            self.adopted.clear()
         self.epoch = self.world.shared.epoch
         assert self.ledger is not None
         self.ledger.begin(self.epoch)

@@ -69,6 +69,7 @@ class Ledgers:
         self.own: Ledger | None = None
         self.problem = "the update ledger is not open yet"
         self.adopted: dict[str, Partial] = {}
+        self._dropped: list[str] = []  # ledgers that are gone, but still on the shared list of owners
         self._dead_since: dict[str, float] = {}  # ledger id -> when its owner was first found dead
         self.inherited: set[str] = set()
         self.durable = durable
@@ -123,6 +124,7 @@ class Ledgers:
             if adopted_for != epoch:
                 file.remove()
                 del self._taken[ledger_id], self.adopted[ledger_id]
+                self._dropped.append(ledger_id)
         if epoch != self._epoch:
             self.inherited.clear()
         self._passed.clear()
@@ -187,6 +189,9 @@ class Ledgers:
         """
         await self._adopting.acquire()
         try:
+            while self._dropped:
+                await cluster.forget_ledger(self._dropped[-1])
+                self._dropped.pop()
             return [
                 ledger_id
                 for path in ledger_files(self._directory)
