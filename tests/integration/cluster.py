@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,6 +35,7 @@ from fedcore.wire.messages import (
 from fedctl.processes import find_redis_server, free_ports
 
 DEADLINE_S = 20.0
+INSTANCES = 8  # servers that a test may start beside each other
 WEIGHTS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b.bias": np.float32([0.5, -0.5])}
 
 
@@ -46,6 +50,17 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLIN
         time.sleep(0.01)  # a look at a process of its own; there is no event to wait for
 
 
+def instance_ports() -> list[int]:
+    """Return three ports, each with INSTANCES free ones behind it, outside the range that the kernel hands out."""
+    chance = random.SystemRandom()
+    while True:
+        base = chance.randrange(12_000, 32_000, 3 * INSTANCES)
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
+            for port in range(base, base + 3 * INSTANCES):
+                held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return [base, base + INSTANCES, base + 2 * INSTANCES]
+
+
 class Cluster:
     """One job: its Redis, one server, one scheduler if asked for."""
 
@@ -54,7 +69,8 @@ class Cluster:
     ) -> None:
         """Prepare a job; ``overrides`` are keys of the YAML's ``round`` section, fl_name or fl_iteration_num."""
         self.directory = directory
-        self.redis_port, self.http, self.admin, self.manage, self.scheduler_admin, self.tcp = free_ports(6)
+        self.redis_port, self.manage, self.scheduler_admin = free_ports(3)
+        self.http, self.admin, self.tcp = instance_ports()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         windows = {
             "start_fl_job_threshold": 2,
@@ -132,8 +148,6 @@ class Cluster:
 
     def redis(self, *words: str) -> bytes | None:
         """Send one inline command to Redis; return the first line of its answer, None if it is not there."""
-        import socket
-
         try:
             with socket.create_connection(("127.0.0.1", self.redis_port), timeout=5) as connection:
                 connection.sendall(" ".join(words).encode() + b"\r\n")
@@ -187,7 +201,7 @@ class Cluster:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return None
 
     def ready(self) -> bool:
