@@ -105,7 +105,7 @@ TABLE: list[tuple[str, str, Any, Any]] = [
     ("fedcore.device.min_body_rate", "int", "[0,1000000000]", 1024),
     ("fedcore.device.idle_timeout", "float", "(0.000000,3600.000000]", 50.0),
     ("fedcore.device.max_connections", "int", "[1,1000000]", 20000),
-    ("fedcore.device.retry_margin", "float", "[0.000000,3600.000000]", 5.0),
+    ("fedcore.device.retry_margin", "float", "[0.100000,3600.000000]", 5.0),
     ("fedcore.ledger.memory_budget", "size", "[1048576,1125899906842624]", 1 << 30),
     ("fedcore.ledger.fsync", "bool", None, False),
     ("fedcore.log.level", "str", ["debug", "info", "warn", "error"], LogLevel.INFO),

@@ -453,9 +453,9 @@ class DeviceSettings:
     max_connections: int = option(20000, "Greatest number of device connections.", limits=Limits(1, 1000000))
     retry_margin: float = option(
         5.0,
-        "A next_req_time lies at least this far in the future.",
+        "A next_req_time lies at least this far in the future; old devices die of one that does not.",
         unit="s",
-        limits=Limits(0.0, 3600.0),
+        limits=Limits(0.1, 3600.0),
     )
 
 
