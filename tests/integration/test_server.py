@@ -445,6 +445,17 @@ class TestRedisAway:
         assert cluster.weights(3)["a.weight"][0] == 1.0
         assert cluster.weights(2)["a.weight"][0] == 7.0
 
+    def test_without_its_data_a_disabled_job_stays_disabled(self, cluster: Cluster) -> None:
+        disable = "return redis.call('HSET', redis.call('KEYS', '*status:Hash')[1], 'runningState', '1')"
+        assert cluster.redis("EVAL", f'"{disable}"', "0") == b":0"
+        body = codec.encode(RequestFLJob(fl_name="job", fl_id="x", data_size=1, timestamp="1"))
+        answer = (200, b"The server's training job is disabled or finished.")
+        wait_until(lambda: cluster.post("/startFLJob", body) == answer, "the server notices")
+        cluster.kill("redis")
+        cluster.start_redis()
+        wait_until(lambda: cluster.ready() and cluster.metric("fl_iteration") == 2, "the next iteration")
+        assert cluster.post("/startFLJob", body) == answer
+
     def test_a_paused_redis_costs_no_update(self, tmp_path: Path) -> None:
         with Cluster(tmp_path, fedcore={"redis": {"reply_timeout": 0.5}}) as cluster:
             cluster.start_redis()

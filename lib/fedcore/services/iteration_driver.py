@@ -462,7 +462,7 @@ class IterationDriver(Service):
             self.redis, self.job.fl_name, cluster.keys.instance, job_ttl(self.job.global_window_ms)
         )
         finished = number > self.job.policy.last_iteration
-        running = RunningState.FINISH if finished else RunningState.RUNNING
+        running = RunningState.FINISH if finished else self.iteration.running
         restored = number if finished else number + 1
         await cluster.create(restored, success=False, result=core.status_lost(number), running=running)
         await cluster.offer_hyper_parameters(self.job.hyper_parameters)
@@ -471,9 +471,8 @@ class IterationDriver(Service):
         )
 
     def _look_again(self) -> None:
-        """Repair: join, compare with the shared state, look at the clock. Once a second."""
+        """Repair: join, compare with the shared state, look at the clock. Once a second, and at each deadline."""
         self._metrics.redis_up.set(self.redis.available)
-        self.note(core.TimePassed())
         if self.cluster is not None and self.redis.available and not self._busy:
             self._run(self._repair())
         elif self.cluster is None and self.redis.available and not self._joining:
@@ -489,6 +488,9 @@ class IterationDriver(Service):
                 await self._observe()
         finally:
             self._guarding = False
+        self.note(
+            core.TimePassed()
+        )  # last, as a copy that is out of date must not end an iteration by the clock
 
     async def _join_when_connected(self) -> None:
         await self.redis.connected()
@@ -627,7 +629,7 @@ class IterationDriver(Service):
         if at is not None and self.running:
             delay = max(0.0, at - self._reactor.seconds())
             self._deadline, self._deadline_at = (
-                self._reactor.callLater(delay, self.note, core.TimePassed()),
+                self._reactor.callLater(delay, self._look_again),
                 at,
             )
 
