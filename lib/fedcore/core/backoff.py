@@ -32,3 +32,22 @@ def expected_opening(now_ms: int, filled_ms: int | None, window_ms: int, typical
     """
     filled = now_ms if filled_ms is None else filled_ms
     return max(now_ms, filled + (window_ms if typical_ms is None else min(window_ms, typical_ms)))
+
+
+FIRST_RECONNECT_S = 0.1
+LONGEST_RECONNECT_S = 2.0
+
+
+def reconnect_delay(failures: int, jitter: float) -> float:
+    """Return how many seconds to leave a peer alone that could not be reached.
+
+    The time doubles with every failure from FIRST_RECONNECT_S to LONGEST_RECONNECT_S; half of it is chance, so that
+    nodes that lost the same peer do not all come back at once.
+
+    Args:
+        failures: attempts in a row that have failed, from 1.
+        jitter: 0..1.
+    """
+    doublings = min(failures - 1, 16)  # many more, and the power would be no float
+    full = min(FIRST_RECONNECT_S * 2.0**doublings, LONGEST_RECONNECT_S)
+    return full * (1.0 + jitter) / 2.0

@@ -1,1 +1,1 @@
-"""Sockets: HTTP for devices, TLS contexts."""
+"""Sockets: HTTP for devices, frames between nodes, TLS contexts."""

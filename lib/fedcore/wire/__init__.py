@@ -1,1 +1,1 @@
-"""Bytes to values and back: the device protocol."""
+"""Bytes to values and back: the device protocol, and that between nodes."""

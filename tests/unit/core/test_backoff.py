@@ -1,10 +1,10 @@
-"""When a refused device is told to come back."""
+"""When a refused device is told to come back, and when an unreachable peer is tried again."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.core.backoff import expected_opening, next_request_time
+from fedcore.core.backoff import LONGEST_RECONNECT_S, expected_opening, next_request_time, reconnect_delay
 
 MOMENTS = st.integers(0, 2**50)
 
@@ -57,3 +57,18 @@ def test_the_expected_opening_is_never_in_the_past(
     now: int, filled: int | None, window: int, typical: int | None
 ) -> None:
     assert now <= expected_opening(now, filled, window, typical)
+
+
+@pytest.mark.parametrize(
+    ("failures", "jitter", "expected"),
+    [(1, 0.0, 0.05), (1, 1.0, 0.1), (2, 1.0, 0.2), (3, 0.5, 0.3), (6, 1.0, 2.0), (6, 0.0, 1.0)],
+)
+def test_an_unreachable_peer_is_left_alone(failures: int, jitter: float, expected: float) -> None:
+    assert reconnect_delay(failures, jitter) == pytest.approx(expected)
+
+
+@given(st.integers(1, 10**9), st.floats(0, 1))
+def test_a_peer_is_left_alone_longer_but_never_for_good(failures: int, jitter: float) -> None:
+    delay = reconnect_delay(failures, jitter)
+    assert 0 < delay <= LONGEST_RECONNECT_S
+    assert delay <= reconnect_delay(failures + 1, jitter)
