@@ -1,1 +1,1 @@
-"""What operators see: logs, metrics, health."""
+"""What operators see: logs, metrics, health, the failure event file."""
