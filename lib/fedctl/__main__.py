@@ -14,6 +14,7 @@ COMMANDS = {
     "decode": ("fedctl.decode:decode", "Print a message of the device protocol."),
     "demo": ("fedctl.demo.command:demo", "Watch a federation learn to read handwriting."),
     "model": ("fedctl.model:model", "Make initial models."),
+    "scale": ("fedctl.scale:scale", "Start and stop servers on this host."),
     "state": ("fedctl.state:state", "Show the state of a cluster and its nodes."),
 }
 
@@ -23,6 +24,7 @@ Examples:
 \b
   fl demo                                        a whole federation on this machine
   fl state --scheduler http://10.0.0.5:11202     who is there, and is it running
+  fl scale 3 --yaml-config fl.yaml               three servers on this host
   fl model init --output lenet.safetensors       a model for fl-serverd to begin with
 """
 

@@ -141,12 +141,14 @@ class Child:
         name: for messages.
         log: file of its standard error, and of its standard output unless that goes elsewhere.
         process: the running or ended process.
+        begins: bytes of the log that are older than the process.
     """
 
-    def __init__(self, name: str, log: Path, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, name: str, log: Path, process: subprocess.Popen[bytes], begins: int = 0) -> None:
         self.name = name
         self.log = log
         self.process = process
+        self.begins = begins
 
     @property
     def pid(self) -> int:
@@ -164,10 +166,10 @@ class Child:
         return self.exit_code is None
 
     def tail(self, lines: int = TAIL_LINES) -> str:
-        """Return the last lines of its log."""
+        """Return the last lines that it wrote to its log."""
         try:
             with self.log.open("rb") as log:
-                log.seek(max(0, self.log.stat().st_size - TAIL_BYTES))
+                log.seek(max(self.begins, self.log.stat().st_size - TAIL_BYTES))
                 text = log.read().decode(errors="replace")
         except OSError:
             return ""

@@ -6,14 +6,27 @@ import json
 import ssl
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
+from fedcore.config import Role, Settings, load_settings
+from fedcore.errors import ConfigError
+from fedctl.watch import LocalServers, view_for
+from fedctl.watch import watch as follow
+
 SCHEDULER = "http://127.0.0.1:11202"
 TIMEOUT_S = 10.0
+EXAMPLES = """
+\b
+Examples:
+  fl state --scheduler http://10.0.0.5:11202
+  fl state --watch --yaml-config fl.yaml       with the iteration of the servers on this host
+  fl state --watch --interval 10 | tee changes.log
+"""
 
 
 class Unanswered(click.ClickException):
@@ -60,13 +73,60 @@ def _object(scheduler: str, body: bytes) -> dict[str, Any]:
     return answer
 
 
-@click.command()
-@click.option("--scheduler", default=SCHEDULER, show_default=True, metavar="URL")
+@click.command(epilog=EXAMPLES)
+@click.option("--scheduler", metavar="URL", show_default=SCHEDULER, help="Whom to ask.")
 @click.option("--ca-file", type=click.Path(dir_okay=False), help="Authorities of its certificate (PEM).")
 @click.option("--json", "as_json", is_flag=True, help="Print the scheduler's answer as it is.")
-def state(scheduler: str, ca_file: str | None, as_json: bool) -> None:
+@click.option("--watch", is_flag=True, help="Go on until Ctrl-C; in a pipe, print a line for each change.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1),
+    default=2.0,
+    show_default=True,
+    help="Seconds between two looks with --watch.",
+)
+@click.option(
+    "--yaml-config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Configuration of the job: tells where the scheduler is, and lets --watch show the iteration, from the "
+    "servers on this host.",
+)
+def state(
+    scheduler: str | None,
+    ca_file: str | None,
+    as_json: bool,
+    watch: bool,
+    interval: float,
+    yaml_config: Path | None,
+) -> None:
     """Show the state of a cluster and its nodes."""
-    answer = ask(scheduler, "/state", ca_file)
+    if watch and as_json:
+        raise click.UsageError("--json and --watch exclude each other")
+    settings = None if yaml_config is None else _settings(yaml_config)
+    if scheduler is None:
+        scheduler = SCHEDULER if settings is None else scheduler_of(settings)
+    if watch:
+        own = None if settings is None else settings.fedcore.server
+        local = None if own is None else LocalServers(own.tcp_port, own.admin_address)
+        follow(lambda: ask(scheduler, "/state", ca_file), local, interval, view_for(Console(highlight=False)))
+        return
+    show(ask(scheduler, "/state", ca_file), as_json)
+
+
+def _settings(yaml_config: Path) -> Settings:
+    try:
+        return load_settings(yaml_config, Role.SCHEDULER).settings
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def scheduler_of(settings: Settings) -> str:
+    """Return the URL of a job's scheduler."""
+    return f"http{'s' if settings.enable_ssl else ''}://{settings.fedcore.scheduler.manage_address}"
+
+
+def show(answer: dict[str, Any], as_json: bool) -> None:
+    """Print a scheduler's answer."""
     if as_json:
         click.echo(json.dumps(answer))
         return

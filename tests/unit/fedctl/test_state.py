@@ -1,14 +1,19 @@
 """``fl state``: what it prints, and its one line where there is nothing to print."""
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from click.testing import CliRunner
 
+from fedcore.config import Settings
 from fedctl.__main__ import main
 from fedctl.processes import free_ports
+from fedctl.state import SCHEDULER, scheduler_of
 
 READY = {
     "cluster_state": "CLUSTER_READY",
@@ -114,3 +119,76 @@ def test_a_missing_ca_file_is_one_line(scheduler):
 def test_a_proxy_is_not_asked(scheduler, monkeypatch):
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_ports(1)[0]}")
     assert run("--scheduler", scheduler.url).exit_code == 0
+
+
+# ---- --watch
+
+
+def test_a_watch_tells_changes_and_ends_quietly_with_ctrl_c(scheduler):
+    command = [
+        sys.executable,
+        "-m",
+        "fedctl",
+        "state",
+        "--watch",
+        "--interval",
+        "0.1",
+        "--scheduler",
+        scheduler.url,
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+
+            def told():
+                return process.stdout.readline().rstrip("\n").partition(" ")[2]
+
+            assert told() == "CLUSTER_READY"
+            assert told() == "here: SERVER 10.0.0.7:6766 (10.0.0.7:6766::2026)"
+            scheduler.answer = 400, b'{"code":"1","error_message":"Please retry later."}'
+            assert told() == f"the scheduler at {scheduler.url} refuses: Please retry later."
+            scheduler.answer = 200, b'{"cluster_state":"CLUSTER_DISABLE"}'
+            assert [told() for _ in range(3)] == [
+                "the scheduler answers again",
+                "CLUSTER_DISABLE",
+                "gone: SERVER 10.0.0.7:6766 (10.0.0.7:6766::2026)",
+            ]
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=30) == ("", "")
+        finally:
+            process.kill()
+    assert process.returncode == 0
+
+
+def test_watch_and_json_exclude_each_other():
+    result = run("--watch", "--json")
+    assert result.exit_code == 2
+    assert "exclude each other" in result.stderr
+
+
+def test_the_scheduler_of_a_configuration(tmp_path):
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    path = tmp_path / "fl.yaml"
+    path.write_text(
+        f"""
+fl_name: job
+fl_iteration_num: 1
+server_mode: FEDERATED_LEARNING
+enable_ssl: false
+distributed_cache: {{type: redis, address: "127.0.0.1:6379"}}
+fedcore: {{scheduler: {{manage_address: "{address}"}}}}
+"""
+    )
+    assert f"the scheduler at http://{address} cannot" in run("--yaml-config", str(path)).stderr
+    given = run("--yaml-config", str(path), "--scheduler", "http://[")
+    assert "the scheduler at http://[ cannot" in given.stderr
+
+
+def test_a_scheduler_with_a_certificate():
+    assert scheduler_of(Settings(enable_ssl=True)) == "https://127.0.0.1:11202"
+    assert scheduler_of(Settings()) == SCHEDULER
+
+
+def test_a_configuration_that_cannot_be_used(tmp_path):
+    result = run("--yaml-config", str(tmp_path / "none.yaml"))
+    assert result.exit_code == 1
+    assert result.stderr == f"Error: yaml config file {tmp_path}/none.yaml not exist\n"
