@@ -27,6 +27,7 @@ setup(
         "cryptography>=42",
         "service-identity>=24",
         "txredisapi>=1.4.11",
+        "hiredis>=3",  # txredisapi reads replies with it if it is there, at a fraction of the cost
         "numpy>=1.26",
         "PyYAML>=6",
         "flatbuffers>=24",

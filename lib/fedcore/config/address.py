@@ -108,6 +108,15 @@ def parse_redis_address(text: str, fault: str = REDIS_ADDRESS_FAULT) -> Address 
     return UnixAddress(path)
 
 
+def parse_addresses(text: str, fault: str = REDIS_ADDRESS_FAULT) -> tuple[Address, ...]:
+    """Read `host:port,host:port`, at least one; blanks around the commas do not matter.
+
+    Raises:
+        ConfigError: a part is no address; the message names that part.
+    """
+    return tuple(parse_address(part.strip(), fault) for part in text.split(","))
+
+
 def port_of_instance(base: int, n: int) -> int:
     """Port of instance n of a daemon: base + n.
 

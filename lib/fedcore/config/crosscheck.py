@@ -1,9 +1,14 @@
-"""Rules about several keys at once; each broken one is a warning, as MindSpore Federated 0.1 checks none."""
+"""Rules about several keys at once.
+
+MindSpore Federated 0.1 checks none, so a broken one is a warning; it is a fault only where going on would be less safe
+than the operator has asked for.
+"""
 
 from __future__ import annotations
 
+from fedcore.config.address import UnixAddress
 from fedcore.config.keys import SERVER_ROLES, Role
-from fedcore.config.settings import EncryptType, Settings
+from fedcore.config.settings import EncryptType, RedisTls, Settings
 from fedcore.core.quorum import update_threshold
 
 _MASK_TYPES = (EncryptType.PW_ENCRYPT, EncryptType.STABLE_PW_ENCRYPT)
@@ -12,19 +17,50 @@ _CIPHER_ROUNDS = {EncryptType.PW_ENCRYPT: 6, EncryptType.STABLE_PW_ENCRYPT: 2}
 _WILDCARDS = ("0.0.0.0", "::")
 
 
+def redis_has_tls(settings: Settings) -> bool:
+    """Tell whether the link to Redis is encrypted."""
+    own = settings.fedcore.redis
+    if isinstance(settings.distributed_cache.address, UnixAddress) and not own.sentinels:
+        return False
+    return own.tls is RedisTls.ON or (own.tls is RedisTls.AUTO and settings.enable_ssl)
+
+
+def cross_faults(settings: Settings) -> list[str]:
+    """Combinations that no role can start on.
+
+    Returns:
+        One sentence per fault.
+    """
+    if not redis_has_tls(settings):
+        return []
+    cache, faults = settings.distributed_cache, []
+    if not cache.cacert_filename and not cache.capath:
+        switch = "enable_ssl" if settings.fedcore.redis.tls is RedisTls.AUTO else "fedcore.redis.tls"
+        faults.append(
+            f"{switch} asks for TLS to Redis, whose certificate could not be verified: give "
+            "distributed_cache.cacert_filename (or capath), or set fedcore.redis.tls to off"
+        )
+    if bool(cache.cert_filename) != bool(cache.private_key_filename):
+        faults.append(
+            "distributed_cache.cert_filename and distributed_cache.private_key_filename belong together: give both "
+            "or neither"
+        )
+    return faults
+
+
 def cross_checks(settings: Settings, role: Role) -> list[str]:
     """Warnings about values that are good alone and doubtful together.
 
     Args:
         settings: a file's settings.
-        role: which program asks; a scheduler uses none of the keys in question.
+        role: which program asks; a scheduler uses only Redis.
 
     Returns:
         One sentence per finding.
     """
     if role not in SERVER_ROLES:
-        return []
-    return [*_windows(settings), *_quorums(settings), *_addresses(settings)]
+        return _redis(settings)
+    return [*_windows(settings), *_quorums(settings), *_addresses(settings), *_redis(settings)]
 
 
 def _windows(settings: Settings) -> list[str]:
@@ -78,3 +114,17 @@ def _addresses(settings: Settings) -> list[str]:
     if ip in _WILDCARDS:
         return [f"fedcore.server.tcp_ip {ip} is announced to other nodes, which cannot connect to it"]
     return []
+
+
+def _redis(settings: Settings) -> list[str]:
+    own, address = settings.fedcore.redis, settings.distributed_cache.address
+    found = []
+    if own.tls is RedisTls.ON and not redis_has_tls(settings):
+        found.append(
+            f"fedcore.redis.tls is on, but Redis at {address} is a unix socket, which is never encrypted"
+        )
+    if not own.sentinels and (own.sentinel_username or own.sentinel_password_file):
+        found.append(
+            "fedcore.redis.sentinel_username and sentinel_password_file have no effect without fedcore.redis.sentinels"
+        )
+    return found

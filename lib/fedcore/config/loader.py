@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fedcore.config.crosscheck import cross_checks
+from fedcore.config.crosscheck import cross_checks, cross_faults
 from fedcore.config.document import Document, Given, read_document
 from fedcore.config.keys import Key, Kind, Role, plain_text
 from fedcore.config.settings import KEYS, SECTIONS, EncryptType, EvalType, Settings, UploadCompressType
@@ -22,6 +22,8 @@ from fedcore.errors import ConfigError
 
 _OWN = "fedcore"
 _EXPONENT = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+")  # 1e-3, to YAML 1.1 a string
+
+_SWITCH = frozenset({"on", "off"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ def load_settings(path: Path, role: Role) -> LoadedSettings:
             "\n".join(_one_line(line) for line in [*faults, *(f"warning: {w}" for w in warnings)])
         )
     settings = _without_useless_compression(_assemble(Settings, check.values), warnings)
+    if faults := cross_faults(settings):
+        raise ConfigError("\n".join(f"{fault}, yaml config file: {path}" for fault in faults))
     warnings += [*cross_checks(settings, role), *reduced(settings, role)]
     return LoadedSettings(settings, tuple(_one_line(warning) for warning in warnings))
 
@@ -141,6 +145,8 @@ class _Check:
                 return _to_float(value)
             if isinstance(value, str) and given.plain and _EXPONENT.fullmatch(value):
                 return float(value)
+        if isinstance(value, bool) and set(key.option.choices) >= _SWITCH:
+            return "on" if value else "off"  # YAML 1.1 reads a bare on and off as true and false
         wanted = "int" if kind is Kind.SIZE else kind.value
         if given.type_name == wanted or (kind is Kind.SIZE and given.type_name == "str"):
             return value

@@ -1,14 +1,22 @@
-"""TLS for listeners: a PKCS#12 file and its password become a context factory."""
+"""TLS: files become context factories.
+
+Listeners have a PKCS#12 file and its password; the link to Redis has PEM files. A peer that we connect to is always
+verified, its name included.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from cryptography.hazmat.primitives.serialization import pkcs12
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, pkcs12
 from OpenSSL import SSL, crypto
 from twisted.internet import ssl
+from twisted.internet.interfaces import IOpenSSLClientConnectionCreator
 
 from fedcore.errors import ConfigError
 
@@ -24,6 +32,112 @@ SUITES = (
     "ECDHE-ECDSA-AES256-CCM",
     "ECDHE-ECDSA-CHACHA20-POLY1305",
 )
+
+_HASHED_NAME = re.compile(r"[0-9a-f]{8}\.[0-9]+")  # as `openssl rehash` names certificates; lists end in .r0
+
+
+@dataclass(frozen=True, slots=True)
+class RedisFiles:
+    """The PEM files of the link to Redis, as section distributed_cache names them; "" for none.
+
+    Attributes:
+        cacert_filename: CA certificates.
+        capath: folder of CA certificates with hashed names.
+        cert_filename: certificate, and its chain, that this node shows.
+        private_key_filename: key of that certificate.
+        server_name: the name that Redis' certificate must bear; "": the host of its address.
+    """
+
+    cacert_filename: str = ""
+    capath: str = ""
+    cert_filename: str = ""
+    private_key_filename: str = ""
+    server_name: str = ""
+
+
+def redis_contexts(files: RedisFiles) -> Callable[[str], IOpenSSLClientConnectionCreator]:
+    """Build what encrypts connections to Redis: TLS 1.2 or newer, certificate and host name verified.
+
+    Args:
+        files: read once, now.
+
+    Returns:
+        A function of the host of an address (a name or an IP address), for ``wrapClientTLS``.
+
+    Raises:
+        ConfigError: a file cannot be used, or there is no CA certificate.
+    """
+    trusted = _certificates(files.cacert_filename) if files.cacert_filename else []
+    if files.capath:
+        trusted += _certificates_in(files.capath)
+    if not trusted:
+        raise ConfigError(
+            "the certificate of Redis cannot be verified without a CA",
+            hint="give distributed_cache.cacert_filename or distributed_cache.capath",
+        )
+    root = ssl.trustRootFromCertificates([ssl.Certificate(_openssl(certificate)) for certificate in trusted])
+    shown = _shown_to_redis(files) if files.cert_filename else {}
+
+    def context(host: str) -> IOpenSSLClientConnectionCreator:
+        return ssl.optionsForClientTLS(
+            files.server_name or host,
+            root,
+            extraCertificateOptions={"raiseMinimumTo": ssl.TLSVersion.TLSv1_2, **shown},
+        )
+
+    return context
+
+
+def _shown_to_redis(files: RedisFiles) -> dict[str, object]:
+    """Our own certificate, in the words of CertificateOptions."""
+    own, *chain = _certificates(files.cert_filename)
+    path = files.private_key_filename
+    try:
+        key = load_pem_private_key(_read(path), None)
+    except (ValueError, TypeError) as error:  # TypeError: it has a password
+        raise ConfigError(f"{path} holds no PEM private key without a password: {error}") from error
+    if key.public_key() != own.public_key():
+        raise ConfigError(
+            "the key in distributed_cache.private_key_filename is not that of distributed_cache.cert_filename",
+            hint=f"{path} and {files.cert_filename}",
+        )
+    return {
+        "privateKey": crypto.PKey.from_cryptography_key(key),  # type: ignore[arg-type]
+        "certificate": _openssl(own),
+        "extraCertChain": [_openssl(extra) for extra in chain],
+    }
+
+
+def _openssl(certificate: x509.Certificate) -> crypto.X509:
+    return crypto.X509.from_cryptography(certificate)
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as problem:
+        raise ConfigError(f"cannot read {path}: {problem.strerror}") from problem
+
+
+def _certificates(path: str) -> list[x509.Certificate]:
+    """All certificates of a PEM file, at least one."""
+    try:
+        return x509.load_pem_x509_certificates(_read(path))
+    except ValueError as error:
+        raise ConfigError(f"{path} holds no PEM certificate: {error}") from error
+
+
+def _certificates_in(folder: str) -> list[x509.Certificate]:
+    """The certificates of a folder of hashed names."""
+    try:
+        paths = sorted(path for path in Path(folder).iterdir() if _HASHED_NAME.fullmatch(path.name))
+    except OSError as problem:
+        raise ConfigError(f"cannot read the folder {folder}: {problem.strerror}") from problem
+    if not paths:
+        raise ConfigError(
+            f"{folder} holds no certificate with a hashed name", hint="run openssl rehash on it"
+        )
+    return [certificate for path in paths for certificate in _certificates(str(path))]
 
 
 def listening_context(
