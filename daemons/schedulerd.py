@@ -1,8 +1,9 @@
-"""fl-schedulerd: the operator's window on a job."""
+"""fl-schedulerd: the operator's window on a job, and the switches behind it."""
 
 from __future__ import annotations
 
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from fedcore.config import SCHEDULER_ADDRESS_FAULT, Role, parse_address
 from fedcore.observe.health import Readiness
 from fedcore.observe.metrics import CommonMetrics
 from fedcore.services.admin import admin_site
-from fedcore.services.operator_api import OperatorApi, operator_site
+from fedcore.services.operator_api import OperatorApi
+from fedcore.services.operator_http import operator_site
 from fldaemons import launch
 
 EXAMPLES = """
@@ -21,6 +23,7 @@ Examples:
   fl-schedulerd --yaml-config /etc/fl/fl.yaml
   fl-schedulerd --yaml-config fl.yaml --scheduler-manage-address 10.0.0.5:11202
   curl http://127.0.0.1:11202/state
+  curl -d '{"start_fl_job_threshold": 20}' http://127.0.0.1:11202/newInstance
 """
 
 
@@ -57,10 +60,18 @@ def build(options: dict[str, Any], reactor: Any) -> launch.Daemon | None:
     redis = launch.redis_of(settings, metrics.redis_errors.inc, reactor)
     metrics.redis_up.set_function(lambda: redis.available)
     readiness = Readiness({"redis": lambda: None if redis.available else "no connection to Redis"})
-    api = OperatorApi(redis, settings.fl_name, settings.round.global_iteration_time_window)
+    api = OperatorApi(
+        redis,
+        settings.fl_name,
+        settings.round.global_iteration_time_window,
+        clock=reactor,
+        now=datetime.now,
+    )
     return launch.Daemon(
         [
-            launch.Listener("operator API", manage, operator_site(api), context),
+            launch.Listener(
+                "operator API", manage, operator_site(api, integer_code=own.integer_code), context
+            ),
             launch.Listener("admin", admin, admin_site(readiness, metrics)),
         ],
         [redis],
