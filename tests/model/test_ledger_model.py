@@ -1,33 +1,36 @@
-"""Two servers on one host, their ledgers, and everything that may come between them and the shared state.
+"""Servers on two hosts, their ledgers, and everything that may come between them and the shared state.
 
-The ledgers are real, their files are bytes in memory; ``Shared`` says what the accept script says. Servers are paused
-and killed between any two writes, also while they adopt; questions arrive late, replies get lost, leases lapse and
-ledgers are revoked. Whatever is published holds exactly the updates that the shared state counted.
+The ledgers are real, their files are bytes in memory; ``Shared`` says what the scripts say. Servers are paused and
+killed between any two writes, also while they adopt or take over the sum of one that stops; questions arrive late,
+replies get lost, leases lapse, ledgers are revoked and seals undone. Whatever is published holds exactly the updates
+that the shared state counted.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial as bind
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from unit.ledger.histories import EVERYTHING, MODEL, SHAPE, Device, assert_holds, body_of, plain_sum, read
 
-from fedcore.aggregation.fedavg import Spans, mean_of
+from fedcore.aggregation.fedavg import RunningSum, Spans, mean
 from fedcore.ledger import layout
 from fedcore.ledger import ledger as ledger_module
 from fedcore.ledger.layout import Damaged, Epoch, SlotState
 from fedcore.ledger.ledger import Ledger, Partial, Slot
+from fedcore.store.keys import REVOKED
 
 SOAK = int(os.environ.get("FEDCORE_SOAK", "0"))
 QUORUM = 5
-REVOKED = "nobody: revoked"
+HOSTS = ("A", "A", "B")
 
 
 class Died(Exception):
@@ -36,11 +39,20 @@ class Died(Exception):
 
 @dataclass
 class File:
-    """A ledger file; ``lock`` is the process that holds it."""
+    """A ledger file.
+
+    Attributes:
+        host: on whose disk it is.
+        lock: the process that holds it.
+    """
 
     content: bytearray
+    host: str
     lock: Server | None
     removed: bool = False
+
+    def remove(self) -> None:
+        self.removed, self.lock = True, None
 
 
 class Storage:
@@ -81,11 +93,11 @@ class Shared:
 
     @property
     def epoch(self) -> Epoch:
-        return Epoch("instance", self.number, self.attempt, f"{self.number:064x}")
+        return Epoch("instance", self.number, f"{self.number:064x}")
 
-    def accept(self, epoch: Epoch, fl_id: str, ledger_id: str, node: str, refuse: bool) -> str:
-        """accept_upload.lua"""
-        now = self.epoch.iteration == epoch.iteration
+    def accept(self, place: tuple[int, int], fl_id: str, ledger_id: str, node: str, refuse: bool) -> str:
+        """accept_upload.lua; ``place``: iteration and attempt."""
+        now = self.number == place[0]
         holder = self.uploads.get(fl_id) if now else None
         if holder is not None and holder != ledger_id:
             return "repeated"
@@ -93,10 +105,12 @@ class Shared:
             return "revoked"
         if node in self.lapsed:
             return "lapsed"
-        if self.epoch != epoch:
+        if not now:
             return "closed"
         if holder is not None:
             return "accepted"
+        if self.attempt != place[1]:
+            return "closed"
         if refuse or len(self.uploads) >= QUORUM or not self.collecting:
             return "full"
         self.uploads[fl_id] = ledger_id
@@ -109,15 +123,17 @@ class Shared:
         self.owners[ledger_id] = node
         return True
 
-    def revoke(self, ledger_id: str) -> None:
-        """Declare a ledger lost: its clients' places are open again."""
-        self.owners[ledger_id] = REVOKED
-        self.uploads = {fl_id: holder for fl_id, holder in self.uploads.items() if holder != ledger_id}
-        self.collecting = True
+    def reopen(self, lost: set[str]) -> None:
+        """reopen.lua: collect again; the places of the lost ledgers' clients are free again."""
+        self.owners |= dict.fromkeys(lost, REVOKED)
+        self.uploads = {fl_id: holder for fl_id, holder in self.uploads.items() if holder not in lost}
+        self.attempt, self.collecting = self.attempt + 1, True
 
     def move_on(self) -> None:
+        """advance.lua"""
         self.number, self.attempt, self.collecting = self.number + 1, 1, True
         self.uploads = {}
+        self.owners = {ledger_id: node for ledger_id, node in self.owners.items() if node != REVOKED}
 
 
 # ---- servers
@@ -128,6 +144,7 @@ class Question:
     """An update that the shared state was asked about."""
 
     epoch: Epoch
+    attempt: int
     device: Device
     slot: Slot
     ledger: Ledger
@@ -138,25 +155,29 @@ class Server:
     """One process.
 
     Attributes:
+        host: where it runs.
         fuse: writes until it is killed, None if nobody plans to.
-        adopted: sealed sums of dead servers' ledgers.
+        adopted: sealed sums of other servers' ledgers.
+        taken: their files.
     """
 
     node: str
+    host: str
     world: World
     fuse: int | None = None
     alive: bool = True
     paused: bool = False
     epoch: Epoch | None = None
+    attempt: int = 1
     file: File | None = None
     ledger: Ledger | None = None
     questions: list[Question] = field(default_factory=list)
     adopted: dict[str, Partial] = field(default_factory=dict)
-    taken: list[File] = field(default_factory=list)
+    taken: dict[str, File] = field(default_factory=dict)
 
     def open(self) -> None:
         """Make an own ledger."""
-        self.file = File(bytearray(SHAPE.size), self)
+        self.file = File(bytearray(SHAPE.size), self.host, self)
         self.world.files.append(self.file)
         self.ledger = Ledger.create(Storage(self.file, self), MODEL, SHAPE)
         assert self.world.shared.own(self.ledger.id, self.node, "")
@@ -165,25 +186,35 @@ class Server:
     def begin(self) -> None:
         """Serve the epoch that the shared state is in; what was adopted for the same one stays."""
         if self.epoch != self.world.shared.epoch:
-            for file in self.taken:
-                file.removed, file.lock = True, None
-            self.taken.clear()
-            self.adopted.clear()
-        self.epoch = self.world.shared.epoch
+            for ledger_id in list(self.taken):
+                self.drop(ledger_id)
+        self.epoch, self.attempt = self.world.shared.epoch, self.world.shared.attempt
         assert self.ledger is not None
         self.ledger.begin(self.epoch)
 
+    def drop(self, ledger_id: str) -> None:
+        """Let go of an adopted ledger."""
+        self.taken.pop(ledger_id).remove()
+        del self.adopted[ledger_id]
+
     def look(self) -> None:
-        """Follow the shared state; a revoked ledger is dropped."""
-        if self.ledger is None or self.world.shared.owners[self.ledger.id] != self.node:
+        """Follow the shared state; revoked ledgers are dropped, after an undone seal updates are taken again."""
+        shared = self.world.shared
+        if self.ledger is None or shared.owners.get(self.ledger.id) != self.node:
             if self.file is not None:
-                self.file.removed, self.file.lock = True, None
+                self.file.remove()
             self.questions.clear()
             self.open()
-        if self.epoch != self.world.shared.epoch:
+        for ledger_id in [i for i in self.taken if shared.owners.get(i) != self.node]:
+            self.drop(ledger_id)
+        if self.epoch != shared.epoch:
             for question in list(self.questions):
                 self.ask(question)
             self.begin()
+        elif self.attempt != shared.attempt:
+            assert self.ledger is not None
+            self.ledger.unseal()
+            self.attempt = shared.attempt
 
     def upload(self, device: Device, fate: str) -> None:
         """A device uploads; ``fate`` of the question: heard, refused, late, or its reply is lost."""
@@ -198,7 +229,7 @@ class Server:
         if not ledger.holds(device.fl_id):
             update = read(slot.body, device.data_size, device.eval_data_size)
             ledger.record(slot, device.fl_id, update.loss, update.accuracy)
-        question = Question(epoch, device, slot, ledger)
+        question = Question(epoch, self.attempt, device, slot, ledger)
         self.questions.append(question)
         if fate == "late":
             self.world.under_way.append(bind(self.put, question))
@@ -210,7 +241,8 @@ class Server:
     def put(self, question: Question, refuse: bool = False) -> str:
         """The question reaches the shared state, whether or not the server still lives."""
         fl_id, ledger_id = question.device.fl_id, question.ledger.id
-        return self.world.shared.accept(question.epoch, fl_id, ledger_id, self.node, refuse)
+        place = (question.epoch.iteration, question.attempt)
+        return self.world.shared.accept(place, fl_id, ledger_id, self.node, refuse)
 
     def ask(self, question: Question, refuse: bool = False) -> None:
         """Ask and hear the answer."""
@@ -233,9 +265,9 @@ class Server:
                     self.ledger.reuse(slot)
 
     def adopt(self) -> None:
-        """Take over whatever no living process holds."""
+        """Take over whatever no living process of this host holds."""
         for file in list(self.world.files):
-            if file.removed or file.lock is not None:
+            if file.removed or file.lock is not None or file.host != self.host:
                 continue
             file.lock = self
             self.take_over(file)
@@ -247,11 +279,12 @@ class Server:
             _, examined = layout.examine(memoryview(file.content))
         except Damaged:
             assert not any(file.content[layout.GENERATION : layout.PAGE]), "only a header may be half done"
-            file.removed = True
+            file.remove()
             return
         before = shared.owners.get(examined.ledger_id, "")
-        if examined.origin != epoch.origin or before == REVOKED:
-            file.removed = True
+        elsewhere = before != "" and self.world.hosts.get(before) != self.host
+        if examined.origin != epoch.origin or before == REVOKED or elsewhere:
+            file.remove()
             return
         assert shared.own(examined.ledger_id, self.node, before)
         ledger, entries = Ledger.recover(Storage(file, self), MODEL, epoch)
@@ -265,13 +298,52 @@ class Server:
         while ledger.unmerged:
             ledger.merge()
         self.adopted[ledger.id] = ledger.seal()
-        self.taken.append(file)
+        self.taken[ledger.id] = file
 
-    def seal(self) -> None:
-        """Answer what is open, and merge all, so that the own sum can be read."""
+    def seal(self) -> Partial | None:
+        """Answer what is open, merge all and close the own sum; None if the shared state does not answer."""
         for question in list(self.questions):
             self.ask(question)
-        self.merge(QUORUM)
+        if self.questions or self.ledger is None:
+            return None
+        self.merge(SHAPE.clients)
+        return self.ledger.seal()
+
+    def keep(self, partial: Partial) -> bool:
+        """Take over the sealed sum of a server of another host; False if it cannot be had."""
+        shared = self.world.shared
+        if self.epoch != shared.epoch:
+            return False
+        file = File(bytearray(layout.shape_of(partial.head).size), self.host, self)
+        self.world.files.append(file)
+        storage, half = Storage(file, self), len(partial.content) // 2
+        for start, part in ((half, partial.content[half:]), (0, partial.content[:half])):
+            storage.write(partial.start + start, part)
+        storage.write(0, partial.head)
+        ledger, entries = Ledger.recover(storage, MODEL, shared.epoch)
+        assert not entries
+        copied = ledger.seal()
+        before = shared.owners.get(copied.ledger_id, "")
+        if before == REVOKED or not shared.own(copied.ledger_id, self.node, before):
+            file.remove()
+            return False
+        self.adopted[copied.ledger_id], self.taken[copied.ledger_id] = copied, file
+        return True
+
+    def stop(self, heir: Server | None) -> None:
+        """Stop in good order: a server of another host keeps the sums, or a sibling finds the files."""
+        self.look()
+        own = self.seal()
+        if own is not None and heir is not None:
+            for partial in (own, *self.adopted.values()):
+                if not heir.alive or not self.world.run(heir, lambda: heir.keep(partial)):  # noqa: B023
+                    continue
+                if partial is own:
+                    assert self.file is not None
+                    self.file.remove()
+                else:
+                    self.taken[partial.ledger_id].remove()
+        self.die()
 
     def die(self) -> None:
         self.alive = False
@@ -281,20 +353,22 @@ class Server:
 
 
 class World:
-    """Two places for servers, and what they share."""
+    """Places for servers, two on one host and one on another, and what they share."""
 
     def __init__(self) -> None:
+        self.hosts: dict[str, str] = {}  # node -> host
         self.shared = Shared()
         self.files: list[File] = []
         self.under_way: list[Callable[[], str]] = []  # questions that have not reached the shared state
         self.answered: set[tuple[Epoch, str]] = set()
         self.devices: dict[str, Device] = {}  # of this iteration: what each device sends
         self.starts = 0
-        self.servers = [self.start(), self.start()]
+        self.servers = [self.start(host) for host in HOSTS]
 
-    def start(self) -> Server:
+    def start(self, host: str) -> Server:
         self.starts += 1
-        server = Server(f"node-{self.starts}", self)
+        server = Server(f"node-{self.starts}", host, self)
+        self.hosts[server.node] = host
         server.open()
         return server
 
@@ -305,20 +379,21 @@ class World:
             f"client-{number}", Device(f"client-{number}", seed, mask, size, number)
         )
 
-    def run(self, server: Server, work: Callable[[], object]) -> None:
+    def run(self, server: Server, work: Callable[[], object]) -> object:
         """Let a server do something, unless it dies of it."""
         try:
-            work()
+            return work()
         except Died:
             server.die()
+            return None
 
     def publish(self) -> None:
         """Seal, wait for everyone, gather all sums and compare them with what was counted."""
         shared = self.shared
-        for number, server in enumerate(self.servers):
+        for place, server in enumerate(self.servers):
             server.paused, server.fuse = False, None
             if not server.alive:
-                self.servers[number] = self.start()
+                self.servers[place] = self.start(HOSTS[place])
         shared.lapsed.clear()
         for server in self.servers:
             server.look()
@@ -327,10 +402,10 @@ class World:
         for server in self.servers:
             server.adopt()
         for server in self.servers:
-            server.seal()
-            assert server.ledger is not None
-            partials[server.ledger.id] = server.ledger.seal()
-            partials |= server.adopted
+            own = server.seal()
+            assert own is not None
+            assert partials.keys().isdisjoint({own.ledger_id, *server.adopted}), "two have one ledger"
+            partials |= {own.ledger_id: own} | server.adopted
         held = {ledger_id: [c for c, h in shared.uploads.items() if h == ledger_id] for ledger_id in partials}
         assert set(shared.uploads.values()) <= set(partials), "a ledger is gone"
         for ledger_id, partial in partials.items():
@@ -343,7 +418,10 @@ class World:
 
     def compare_mean(self, partials: list[Partial]) -> None:
         previous = {weight.name: np.full(weight.size, 0.5, np.float32) for weight in MODEL}
-        model = mean_of(Spans(MODEL), partials, previous)
+        total = RunningSum(Spans(MODEL))
+        for partial in partials:
+            total.add(partial, keep=True)
+        model = mean(Spans(MODEL), total.sums, total.sizes, previous)
         sums, sizes, _ = plain_sum([self.devices[fl_id] for fl_id in self.shared.uploads])
         for (name, span), size in zip(Spans(MODEL), sizes.tolist(), strict=True):
             expected = sums[span] / size if size else previous[name]
@@ -357,7 +435,7 @@ class World:
 
 # ---- the machine
 
-PLACE = st.integers(0, 1)
+PLACE = st.integers(0, len(HOSTS) - 1)
 
 
 class Ledgers(RuleBasedStateMachine):
@@ -430,28 +508,37 @@ class Ledgers(RuleBasedStateMachine):
     @rule(place=PLACE)
     def restart(self, place: int) -> None:
         if not self.world.servers[place].alive:
-            self.world.servers[place] = self.world.start()
+            self.world.servers[place] = self.world.start(HOSTS[place])
 
     @rule(place=PLACE, other=st.booleans())
     def killed_and_adopted(self, place: int, other: bool) -> None:
         """By the sibling, or by its own successor."""
         self.kill(place)
-        heir = 1 - place if other else place
+        heir = 1 - place if other and place < 2 else place
         self.restart(heir)
         self.look(heir)
         self.adopt(heir)
+
+    @rule(place=PLACE, heir=st.none() | PLACE)
+    def stop(self, place: int, heir: int | None) -> None:
+        """A clean stop; the sums go to a server of another host, if there is one."""
+        other = None if heir is None or HOSTS[heir] == HOSTS[place] else self.server(heir)
+        self.let(place, lambda server: server.stop(other))
+
+    @rule(place=PLACE)
+    def seal(self, place: int) -> None:
+        """A finaliser asks for the sum."""
+        server, shared = self.server(place), self.world.shared
+        here = server is not None and (server.epoch, server.attempt) == (shared.epoch, shared.attempt)
+        if here and not shared.collecting:
+            self.let(place, lambda server: server.seal())
 
     @rule(place=PLACE)
     def lease_lapses_or_is_renewed(self, place: int) -> None:
         self.world.shared.lapsed ^= {self.world.servers[place].node}
 
-    @rule(
-        place=PLACE,
-        what=st.sampled_from(
-            ["publish", "seal", "the iteration fails", "another attempt", "a ledger is lost"]
-        ),
-    )
-    def judge(self, place: int, what: str) -> None:
+    @rule(what=st.sampled_from(["publish", "seal", "the iteration fails"]))
+    def judge(self, what: str) -> None:
         """The shared state moves on, whether or not the servers have noticed."""
         match what:
             case "publish":
@@ -460,25 +547,16 @@ class Ledgers(RuleBasedStateMachine):
                 self.world.shared.collecting = False
             case "the iteration fails":
                 self.world.move_on()
-            case "another attempt":
-                self.another_attempt()
-            case "a ledger is lost":
-                self.the_ledger_is_declared_lost(place)
 
-    def the_ledger_is_declared_lost(self, place: int) -> None:
-        """Rightly, or because its server was away for long."""
-        world, server = self.world, self.world.servers[place]
-        if server.ledger is None or server.file is None or server.file.lock not in (server, None):
-            return  # a sibling has it and would say so
-        lost = {fl_id for fl_id, holder in world.shared.uploads.items() if holder == server.ledger.id}
-        world.answered -= {(world.shared.epoch, fl_id) for fl_id in lost}
-        world.shared.revoke(server.ledger.id)
-
-    def another_attempt(self) -> None:
-        """The judge begins anew; what the ledgers hold is of an attempt that is over."""
-        self.world.shared.attempt += 1
-        self.world.shared.uploads = {}
-        self.world.shared.collecting = True
+    @rule(lost=st.sets(st.integers(0, 5), max_size=2))
+    def collect_again(self, lost: set[int]) -> None:
+        """Ledgers are declared lost: rightly, or because their servers were away for long."""
+        shared = self.world.shared
+        known = [ledger_id for ledger_id, owner in shared.owners.items() if owner != REVOKED]
+        gone = {known[which % len(known)] for which in lost if known}
+        clients = {fl_id for fl_id, holder in shared.uploads.items() if holder in gone}
+        self.world.answered -= {(shared.epoch, fl_id) for fl_id in clients}
+        shared.reopen(gone)
 
     @invariant()
     def a_lock_belongs_to_a_living_process(self) -> None:
@@ -492,6 +570,131 @@ class Ledgers(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.world.publish()
+
+
+# ---- some histories by hand
+
+
+@pytest.fixture
+def history() -> Iterator[Ledgers]:
+    """A history that ends with a publication. Server 0 has the first ledger, server 1 the second, 2 the third."""
+    machine = Ledgers()
+    yield machine
+    machine.a_lock_belongs_to_a_living_process()
+    machine.what_was_answered_is_counted()
+    machine.teardown()
+
+
+def upload(history: Ledgers, place: int, number: int, fate: str = "heard") -> None:
+    history.upload(place, number, EVERYTHING, 7, fate)
+
+
+def ledger_of(history: Ledgers, place: int) -> str:
+    ledger = history.world.servers[place].ledger
+    assert ledger is not None
+    return ledger.id
+
+
+def kept_by(history: Ledgers, ledger_id: str) -> list[int]:
+    """The places of the living servers that have the sum of another one's ledger."""
+    servers = enumerate(history.world.servers)
+    return [place for place, server in servers if server.alive and ledger_id in server.adopted]
+
+
+class TestHistories:
+    @pytest.mark.parametrize("sealed", [False, True])
+    def test_a_counted_update_whose_reply_was_lost_stays_when_the_iteration_opens_again(
+        self, history: Ledgers, sealed: bool
+    ) -> None:
+        upload(history, 0, 1, "lost")
+        upload(history, 1, 2)
+        if sealed:
+            history.judge("seal")
+        history.collect_again({1})
+        history.look(0)
+        assert history.world.shared.uploads.keys() == {"client-1"}
+
+    def test_updates_come_again_after_an_undone_seal(self, history: Ledgers) -> None:
+        upload(history, 0, 1)
+        upload(history, 1, 2)
+        history.judge("seal")
+        history.seal(0)
+        history.collect_again({1})
+        for number in (1, 2, 3):
+            history.look(0)
+            upload(history, 0, number)
+        assert history.world.shared.uploads.keys() == {"client-1", "client-2", "client-3"}
+
+    def test_a_question_of_an_attempt_that_is_over_counts_nothing(self, history: Ledgers) -> None:
+        upload(history, 0, 1, "late")
+        history.judge("seal")
+        history.seal(0)  # it asks again, and is told that it came too late
+        history.collect_again(set())
+        history.a_question_arrives_late(0)
+        assert history.world.shared.uploads == {}
+
+    def test_the_file_of_a_dead_server_that_was_given_up_is_not_summed(self, history: Ledgers) -> None:
+        upload(history, 0, 1)
+        history.kill(0)
+        history.collect_again({0})
+        history.look(1)
+        history.adopt(1)
+        upload(history, 1, 1)
+        assert history.world.servers[1].adopted == {}
+
+    def test_an_adopted_ledger_that_was_given_up_is_dropped(self, history: Ledgers) -> None:
+        upload(history, 0, 1)
+        history.kill(0)
+        history.adopt(1)
+        assert len(history.world.servers[1].adopted) == 1
+        history.collect_again({0})
+        history.look(1)
+        upload(history, 1, 1)
+
+    @pytest.mark.parametrize("last", ["goes on", "stops", "dies"])
+    def test_the_sums_of_a_server_that_stops_are_kept_elsewhere(self, history: Ledgers, last: str) -> None:
+        upload(history, 0, 1)
+        upload(history, 0, 2, "lost")
+        upload(history, 1, 3)
+        both = ledger_of(history, 0), ledger_of(history, 1)
+        history.killed_and_adopted(1, other=True)
+        history.stop(0, 2)
+        assert [kept_by(history, ledger_id) for ledger_id in both] == [[2], [2]]
+        if last == "stops":
+            history.restart(1)
+            history.look(1)
+            history.stop(2, 1)
+            assert [kept_by(history, ledger_id) for ledger_id in both] == [[1], [1]]
+        elif last == "dies":
+            history.kill(2)
+
+    @pytest.mark.parametrize("writes", range(4))
+    def test_who_dies_while_it_takes_them_over_has_taken_nothing(self, history: Ledgers, writes: int) -> None:
+        upload(history, 0, 1)
+        given = ledger_of(history, 0)
+        history.kill_in_the_middle_of_a_write(2, writes)
+        history.stop(0, 2)
+        history.killed_and_adopted(2, other=False)
+        history.adopt(1)
+        assert kept_by(history, given) == ([1] if writes < 3 else [2])
+
+    def test_who_dies_after_they_were_taken_over_leaves_nothing_that_counts(self, history: Ledgers) -> None:
+        upload(history, 0, 1)
+        giver, heir = history.world.servers[0], history.world.servers[2]
+        own = giver.seal()
+        assert own is not None
+        assert heir.keep(own)
+        giver.die()
+        history.adopt(1)
+        assert history.world.servers[1].adopted == {}
+
+    def test_sums_that_were_given_up_are_not_kept(self, history: Ledgers) -> None:
+        upload(history, 0, 1)
+        giver, heir = history.world.servers[0], history.world.servers[2]
+        own = giver.seal()
+        assert own is not None
+        history.collect_again({0})
+        assert not heir.keep(own)
 
 
 TestLedgers = Ledgers.TestCase

@@ -7,7 +7,7 @@ size, because an update may carry any subset of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -53,17 +53,28 @@ class Sums(Protocol):
     def sizes(self) -> npt.NDArray[np.uint64]: ...
 
 
-def mean_of(
-    spans: Spans, partials: Sequence[Sums], previous: Mapping[str, Floats]
-) -> dict[str, npt.NDArray[np.floating]]:
-    """Return the mean over the updates of all partials; the order of the partials decides the last bits."""
-    if len(partials) == 1:
-        return mean(spans, partials[0].sums, partials[0].sizes, previous)
-    sums, sizes = np.zeros(spans.total, np.float64), np.zeros(len(spans.names), np.uint64)
-    for partial in partials:
-        np.add(sums, partial.sums, out=sums)
-        np.add(sizes, partial.sizes, out=sizes)
-    return mean(spans, sums, sizes, previous)
+class RunningSum:
+    """Adds partials one after another; their order decides the last bits. A single partial is not copied.
+
+    Attributes:
+        sums: float64[spans.total].
+        sizes: uint64[len(spans.names)].
+    """
+
+    def __init__(self, spans: Spans) -> None:
+        self.sums: Doubles = np.zeros(0)
+        self.sizes = np.zeros(len(spans.names), np.uint64)
+        self._own = False
+
+    def add(self, partial: Sums, *, keep: bool) -> None:
+        """Add a partial; ``keep`` says that its arrays stay as they are for as long as this sum is used."""
+        if not self.sums.size:
+            self.sums, self._own = (partial.sums, False) if keep else (partial.sums.copy(), True)
+        elif self._own:
+            np.add(self.sums, partial.sums, out=self.sums)
+        else:
+            self.sums, self._own = self.sums + partial.sums, True
+        self.sizes = self.sizes + partial.sizes  # last: where memory was short nothing is added
 
 
 def mean(

@@ -14,11 +14,12 @@ import mmap
 import os
 import stat
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fedcore.errors import FedcoreError
-from fedcore.ledger.layout import Damaged
+from fedcore.ledger.layout import PAGE, Damaged
 
 SUFFIX = ".ledger"
 _WORD = 8
@@ -82,11 +83,24 @@ class MappedFile:
         os.close(self._descriptor)
 
 
-def create_file(directory: Path, name: str, size: int, durable: bool = False) -> MappedFile:
+def create_file(
+    directory: Path,
+    name: str,
+    size: int,
+    durable: bool = False,
+    spans: Sequence[tuple[int, int]] = (),
+) -> MappedFile:
     """Allocate, map and lock a new file.
 
+    Args:
+        directory: made if missing.
+        name: of the file, without SUFFIX.
+        size: in bytes.
+        durable: whether ``sync`` waits for the disk.
+        spans: positions and lengths that will be written, the rest stays a hole; none for all of it.
+
     Raises:
-        NoSpace: the directory has less than ``size`` bytes left.
+        NoSpace: the directory has less room left than that.
         OSError: it cannot be written, or a sibling looked at it before it was locked; may be tried again.
     """
     directory.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -94,16 +108,19 @@ def create_file(directory: Path, name: str, size: int, durable: bool = False) ->
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.posix_fallocate(descriptor, 0, size)
+        os.ftruncate(descriptor, size)
+        for at, length in spans or ((0, size),):
+            os.posix_fallocate(descriptor, at, length)
         file = MappedFile(path, descriptor, size, durable)
         if durable:
             _sync_directory(directory)
         return file
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         path.unlink(missing_ok=True)
         os.close(descriptor)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(f"the update ledger needs {size} bytes at {directory}") from error
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            needed = sum(length for _, length in spans) or size
+            raise NoSpace(f"the update ledger needs {needed} bytes at {directory}") from error
         raise
 
 
@@ -143,6 +160,15 @@ def open_file(path: Path, durable: bool = False) -> MappedFile:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def first_page(path: Path) -> bytes:
+    """Return the first bytes of a file, b"" if it cannot be read; takes no lock."""
+    try:
+        with path.open("rb") as file:
+            return file.read(PAGE)
+    except OSError:
+        return b""
 
 
 def ledger_files(directory: Path) -> list[Path]:

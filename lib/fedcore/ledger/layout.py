@@ -28,7 +28,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 
@@ -36,17 +36,18 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from fedcore.core.client_key import client_hash
 from fedcore.errors import LocalError
 from fedcore.wire.arrays import Layout
 
 MAGIC = b"FLLEDGER"
-VERSION = 1
+VERSION = 2
 PAGE = 4096
 MAX_FL_ID = 384  # bytes; ids are UUIDs or hex digests, 36 or 64
 ENTRY = 512  # bytes per slot table entry
 
 _HEADER = struct.Struct("<8sIIQQII16s32s32s")
-_TRAILER = struct.Struct("<QQQII32sQQQddQ")  # the last word is the checksum of the sums
+_TRAILER = struct.Struct("<QQQQ32sQQQddQ")  # the last word is the checksum of the sums
 _ENTRY = struct.Struct("<IQffQQH")  # what a slot holds, behind its three words
 _WORD = 8
 GENERATION = 512  # position of the generation
@@ -82,11 +83,6 @@ def checksum(*parts: bytes | memoryview) -> int:
     return state.intdigest()
 
 
-def client_hash(fl_id: str) -> bytes:
-    """Return the 16 bytes that stand for a client in the client list."""
-    return hashlib.sha256(fl_id.encode()).digest()[:16]
-
-
 def generation_word(generation: int, record: int = 0) -> int:
     """Return a generation as it stands in the file: a changed bit makes it invalid instead of another one.
 
@@ -115,19 +111,17 @@ class Epoch:
     Attributes:
         instance: name of the job's instance.
         iteration: number of the iteration, from 1.
-        attempt: from 1.
         base: digest of the model that the updates were trained from, hex, 64 digits.
     """
 
     instance: str
     iteration: int
-    attempt: int
     base: str
 
     @cached_property
     def origin(self) -> bytes:
         """32 bytes that stand for all of it; an update of another origin is never summed."""
-        text = f"{self.instance}\0{self.iteration}\0{self.attempt}\0{self.base}"
+        text = f"{self.instance}\0{self.iteration}\0{self.base}"
         return hashlib.sha256(text.encode()).digest()
 
 
@@ -284,6 +278,13 @@ def header_bytes(shape: Shape, ledger_id: bytes) -> bytes:
     return (fixed + checksum(fixed).to_bytes(_WORD, "little")).ljust(PAGE, b"\0")
 
 
+def partial_head(shape: Shape, ledger_id: str, generation: int) -> bytes:
+    """Return the page that makes a live accumulator, put where it stood, a ledger file again: one without slots."""
+    page = bytearray(header_bytes(replace(shape, slots=0), bytes.fromhex(ledger_id)))
+    page[GENERATION : GENERATION + _WORD] = generation_word(generation).to_bytes(_WORD, "little")
+    return bytes(page)
+
+
 def trailer_bytes(
     generation: int,
     begun: int,
@@ -308,7 +309,6 @@ def trailer_bytes(
         generation,
         begun,
         epoch.iteration,
-        epoch.attempt,
         int(sums is None),
         epoch.origin,
         totals.count,
@@ -380,7 +380,6 @@ class Examined:
         generation: the newest.
         begun: generation with which the epoch began.
         iteration: of the live accumulator; 0 if the ledger never served one.
-        attempt: of it.
         origin: of its epoch, 32 bytes.
         totals: of the updates in the sum.
         empty: whether there is no sum yet.
@@ -392,7 +391,6 @@ class Examined:
     generation: int
     begun: int
     iteration: int
-    attempt: int
     origin: bytes
     totals: Totals
     empty: bool
@@ -422,8 +420,24 @@ def read_shape(buffer: Bytes) -> tuple[str, Shape]:
     """Return a file's ledger id and measures.
 
     Raises:
+        Damaged: it is no ledger of this version, its header is torn, or it is cut.
+    """
+    ledger_id, shape = _read_header(buffer)
+    if len(buffer) < shape.size:
+        raise Damaged(f"the file is cut: {len(buffer)} of {shape.size} bytes")
+    return ledger_id, shape
+
+
+def shape_of(head: bytes) -> Shape:
+    """Return the measures that a file's first page tells.
+
+    Raises:
         Damaged: it is no ledger of this version, or its header is torn.
     """
+    return _read_header(memoryview(head))[1]
+
+
+def _read_header(buffer: Bytes) -> tuple[str, Shape]:
     if len(buffer) < PAGE:
         raise Damaged(f"the file has {len(buffer)} bytes, less than a header")
     if bytes(buffer[:8]) != MAGIC:
@@ -434,10 +448,14 @@ def read_shape(buffer: Bytes) -> tuple[str, Shape]:
         raise Damaged(f"the file is a ledger of version {version}, this server reads version {VERSION}")
     if checksum(fixed) != read_word(buffer, _HEADER.size):
         raise Damaged("the header is torn or changed: its checksum is wrong")
-    shape = Shape(floats, weights, clients, slots, slot_size, job, layout)
-    if len(buffer) < shape.size:
-        raise Damaged(f"the file is cut: {len(buffer)} of {shape.size} bytes")
-    return ledger_id.hex(), shape
+    return ledger_id.hex(), Shape(floats, weights, clients, slots, slot_size, job, layout)
+
+
+def ledger_id_of(page: bytes) -> str | None:
+    """Return the ledger id in a file's first page, without judging the rest; None if it is no ledger of ours."""
+    if len(page) < _HEADER.size or page[:8] != MAGIC:
+        return None
+    return _HEADER.unpack_from(page)[7].hex()  # type: ignore[no-any-return]
 
 
 def examine(buffer: Bytes) -> tuple[Shape, Examined]:
@@ -449,14 +467,12 @@ def examine(buffer: Bytes) -> tuple[Shape, Examined]:
     ledger_id, shape = read_shape(buffer)
     generation = read_generation(buffer)
     if generation == 0:
-        nothing = Examined(ledger_id, 0, 0, 0, 0, bytes(32), Totals(), True, (), ())
+        nothing = Examined(ledger_id, 0, 0, 0, bytes(32), Totals(), True, (), ())
         return shape, nothing
     start = shape.accumulator_at(generation)
     fixed = bytes(buffer[start : start + _TRAILER.size])
     fields = _TRAILER.unpack(fixed)
-    written, begun, iteration, attempt, empty, origin, count, data_size, evaluated, loss, accuracy, sums = (
-        fields
-    )
+    written, begun, iteration, empty, origin, count, data_size, evaluated, loss, accuracy, sums = fields
     if count > shape.clients:
         raise Damaged(f"accumulator {generation % 2} lists {count} clients, more than fit")
     sizes = bytes(buffer[start + shape.sizes_at : start + shape.sizes_at + _WORD * shape.weights])
@@ -481,7 +497,6 @@ def examine(buffer: Bytes) -> tuple[Shape, Examined]:
         generation,
         begun,
         iteration,
-        attempt,
         origin,
         totals,
         bool(empty),

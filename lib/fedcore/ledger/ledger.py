@@ -26,6 +26,7 @@ import numpy.typing as npt
 import xxhash
 
 from fedcore.aggregation.fedavg import Spans
+from fedcore.core.client_key import client_hash
 from fedcore.errors import LocalError, PeerError
 from fedcore.ledger import layout
 from fedcore.ledger.layout import Damaged, Entry, Epoch, Record, Shape, SlotState, Totals
@@ -98,32 +99,36 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """A sealed sum: all updates of one ledger in one iteration and attempt.
+    """A sealed sum: all updates of one ledger in one iteration.
 
     Attributes:
         ledger_id: the ledger.
         iteration: of the updates.
-        attempt: of the iteration.
         totals: of the updates.
         sums: float64[aggregated elements], valid until the ledger begins another epoch.
         sizes: uint64[aggregated weights], data size per weight.
         clients: client hashes.
+        head: page that makes ``content`` a ledger file again, see ``layout.partial_head``.
+        content: the accumulator as it stands in the file, from ``start`` on; read-only, valid as ``sums``.
+        start: its position in the file.
     """
 
     ledger_id: str
     iteration: int
-    attempt: int
     totals: Totals
     sums: npt.NDArray[np.float64]
     sizes: npt.NDArray[np.uint64]
     clients: tuple[bytes, ...]
+    head: bytes
+    content: memoryview
+    start: int
 
 
 class Ledger:
     """One ledger in one storage.
 
-    ``merge`` may run in another thread, one call at a time, while ``receive``, ``record``, ``accept`` and ``release``
-    go on; ``begin``, ``seal`` and ``reuse`` wait for its end.
+    ``merge`` may run in another thread, one call at a time, while ``receive``, ``record``, ``accept``, ``release`` and
+    ``clients`` go on; ``begin``, ``seal`` and ``reuse`` wait for its end.
 
     Attributes:
         id: 32 hex digits, the ledger's name in the shared state.
@@ -170,7 +175,7 @@ class Ledger:
         """
         shape, found = layout.examine(storage.buffer)
         if found.origin != epoch.origin:
-            raise Damaged(f"the ledger holds iteration {found.iteration}, attempt {found.attempt}")
+            raise Damaged(f"the ledger holds updates of iteration {found.iteration}")
         ledger = cls(storage, model, found.ledger_id, shape)
         ledger._epoch, ledger._begun = epoch, found.begun
         ledger._totals, ledger._empty = found.totals, found.empty
@@ -215,8 +220,33 @@ class Ledger:
             sums = layout.sums_of(self._storage.buffer, self.shape, self._generation)
         step = layout.CLIENT_SIZE
         clients = tuple(self._lines[i : i + 16] for i in range(0, len(self._lines), step))
-        epoch = self._epoch
-        return Partial(self.id, epoch.iteration, epoch.attempt, self._totals, sums, self._sizes, clients)
+        start = self.shape.accumulator_at(self._generation)
+        return Partial(
+            self.id,
+            self._epoch.iteration,
+            self._totals,
+            sums,
+            self._sizes,
+            clients,
+            layout.partial_head(self.shape, self.id, self._generation),
+            self._storage.buffer[start : start + self.shape.accumulator_size].toreadonly(),
+            start,
+        )
+
+    def unseal(self) -> None:
+        """Take updates again; the sums that ``seal`` returned must not be used any more."""
+        self._sealed = False
+
+    def clients(self) -> dict[bytes, int]:
+        """Return the clients in the ledger, client hash -> data size, merged or not."""
+        accepted, lines = (
+            self._accepted.copy(),
+            self._lines,
+        )  # in this order: a merge moves from one to the other
+        step = layout.CLIENT_SIZE
+        merged = (lines[i : i + step] for i in range(0, len(lines), step))
+        clients = {line[:16]: int.from_bytes(line[16:20], "little") for line in merged}
+        return clients | {client_hash(update.fl_id): update.data_size for _, update in accepted}
 
     # ---- one update
 
@@ -263,7 +293,7 @@ class Ledger:
             LocalError: the sums are sealed, the client's update is here already, or the ledger lists no more
                 clients; the caller let an update in that it may not.
         """
-        client = layout.client_hash(update.fl_id)
+        client = client_hash(update.fl_id)
         if self._sealed or client in self._held or len(self._held) >= self.shape.clients:
             raise LocalError("an update was accepted into a ledger that is sealed, full or has it already")
         meta = layout.meta_word(update.data_size, update.eval_data_size)
@@ -319,7 +349,7 @@ class Ledger:
 
     def holds(self, fl_id: str) -> bool:
         """Tell whether this client's update of the current epoch is in the ledger."""
-        return layout.client_hash(fl_id) in self._held
+        return client_hash(fl_id) in self._held
 
     def slot_of(self, entry: Entry) -> Slot:
         """Return the slot of an entry that ``recover`` found, for ``accept`` or ``release``.

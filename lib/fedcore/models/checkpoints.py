@@ -16,7 +16,7 @@ Rules kept here:
 
 Several servers may share a directory: they write files of different or, within one second, identical content.
 
-Source: spec/iteration.md section 7 (names, retention, start-up of the original).
+Source: MindSpore Federated 0.1 (names, retention, start-up).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -116,6 +116,38 @@ def save(
     write_model(path, weights, not_aggregated, texts)
     _drop_older(directory, fl_name, path)
     return path
+
+
+def holds(directory: Path, fl_name: str, iteration: int, key: str, value: str) -> bool:
+    """Tell whether a checkpoint of an iteration says a value in its metadata; a file that cannot be read does not."""
+    return any(entry.iteration == iteration for entry in _that_say(directory, fl_name, key, value))
+
+
+def find(directory: Path, fl_name: str, key: str, value: str) -> Checkpoint | None:
+    """Load a sound checkpoint that says a value in its metadata, None if there is none."""
+    for entry in _that_say(directory, fl_name, key, value):
+        try:
+            model = read_model(entry.path)
+            _verify(model, entry.path)
+        except ConfigError as error:
+            _log.warn("Checkpoint passed over: {reason}", path=str(entry.path), reason=str(error))
+            continue
+        return Checkpoint(entry.iteration, entry.path, model)
+    return None
+
+
+def _that_say(directory: Path, fl_name: str, key: str, value: str) -> Iterator[_Entry]:
+    try:
+        entries = _list(directory, fl_name)
+    except OSError:
+        return
+    for entry in entries:
+        if entry.path.suffix != ".ckpt":
+            try:
+                if read_metadata(entry.path).get(key) == value:
+                    yield entry
+            except ConfigError:
+                continue
 
 
 def load_newest(directory: Path, fl_name: str) -> Checkpoint | None:

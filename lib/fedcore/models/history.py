@@ -27,6 +27,10 @@ class ModelHistory:
         """Return the model of an iteration if it is still kept."""
         return self._models.get(iteration)
 
+    def find(self, digest: str) -> ModelImage | None:
+        """Return the model with a digest if it is kept."""
+        return next((image for image in self._models.values() if image.digest == digest), None)
+
     def add(self, iteration: int, image: ModelImage) -> None:
         """Keep a model; models of the same or later iterations are superseded, the oldest makes room."""
         kept = {number: model for number, model in self._models.items() if number < iteration}

@@ -100,5 +100,23 @@ class ImageTemplate:
         frozen = bytes(tail)
         return ModelImage(self.layout, frozen, self._tables, self._views(frozen))
 
+    @property
+    def size(self) -> int:
+        """Bytes of every image's tail."""
+        return len(self._blank)
+
+    def restore(self, tail: bytes | bytearray, digest: str) -> ModelImage:
+        """Make an image of another server's tail.
+
+        Raises:
+            ShapeMismatch: it is not the image with that digest, or not one of this layout.
+        """
+        if len(tail) != len(self._blank):
+            raise ShapeMismatch(f"a model of {len(tail)} bytes does not fit, this one has {len(self._blank)}")
+        image = self.image(self._views(tail))
+        if image.digest != digest:
+            raise ShapeMismatch("a model of another server is not what its digest says")
+        return image
+
     def _views(self, tail: bytes | bytearray) -> dict[str, Floats]:
         return {w.name: np.frombuffer(tail, "<f4", w.size, self._floats[w.name]) for w in self.layout}

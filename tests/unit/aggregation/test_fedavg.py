@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.aggregation.fedavg import Doubles, Spans, mean, mean_of
+from fedcore.aggregation.fedavg import Doubles, RunningSum, Spans, mean
 from fedcore.wire.arrays import Floats, Layout, Weight
 
 LAYOUT = Layout(
@@ -69,6 +69,14 @@ def partial(updates: Sequence[Update]) -> Partial:
     return made
 
 
+def mean_of(partials: Sequence[Partial], keep: bool = True) -> dict[str, npt.NDArray[np.floating]]:
+    """The model of all partials, added one after another."""
+    total = RunningSum(SPANS)
+    for part in partials:
+        total.add(part, keep=keep)
+    return mean(SPANS, total.sums, total.sizes, PREVIOUS)
+
+
 def exact(updates: Sequence[Update], name: str, element: int) -> Fraction | None:
     """The definition, without rounding: the sum over those who sent a weight, divided by their data sizes."""
     senders = [update for update in updates if name in update.weights]
@@ -114,7 +122,69 @@ def test_the_mean_is_that_of_those_who_sent_the_weight(
     updates = updates_of(shapes)
     bounds = [0, *sorted(min(cut, len(updates)) for cut in cuts), len(updates)]
     partials = [partial(updates[a:b]) for a, b in pairwise(bounds)]
-    assert_is_the_mean(mean_of(SPANS, partials, PREVIOUS), updates)
+    assert_is_the_mean(mean_of(partials), updates)
+
+
+class TestRunningSum:
+    def parts(self, count: int) -> list[Partial]:
+        return [partial(updates_of([(i, 10 + i, NAMES)])) for i in range(count)]
+
+    @pytest.mark.parametrize("keeps", list(product((True, False), repeat=3)))
+    def test_is_that_of_all_whichever_stay(self, keeps: tuple[bool, ...]) -> None:
+        total, expected = RunningSum(SPANS), np.zeros(SPANS.total)
+        for part, keep in zip(self.parts(3), keeps, strict=True):
+            expected = expected + part.sums
+            total.add(part, keep=keep)
+            if not keep:  # its file is gone, and something else is there
+                part.sums[:], part.sizes[:] = np.nan, 99
+        assert total.sums.tobytes() == expected.tobytes()
+        assert total.sizes.tolist() == [10 + 11 + 12] * 3
+
+    @pytest.mark.parametrize("keep", [True, False])
+    @pytest.mark.parametrize("count", [1, 2, 3])
+    def test_leaves_partials_alone(self, count: int, keep: bool) -> None:
+        parts = self.parts(count)
+        before = [(part.sums.copy(), part.sizes.copy()) for part in parts]
+        total = RunningSum(SPANS)
+        for part in parts:
+            total.add(part, keep=keep)
+        for part, (sums, sizes) in zip(parts, before, strict=True):
+            np.testing.assert_array_equal(part.sums, sums)
+            np.testing.assert_array_equal(part.sizes, sizes)
+
+    def test_copies_a_single_partial_only_if_it_does_not_stay(self) -> None:
+        (part,) = self.parts(1)
+        for keep in (True, False):
+            total = RunningSum(SPANS)
+            total.add(part, keep=keep)
+            assert np.shares_memory(total.sums, part.sums) is keep
+            assert total.sizes.tolist() == part.sizes.tolist()
+
+    def test_without_memory_nothing_is_added(self) -> None:
+        """The caller may try that partial again."""
+
+        class TooLarge(Partial):
+            @property
+            def sums(self) -> Doubles:  # type: ignore[override]
+                raise MemoryError
+
+        first, second = self.parts(2)
+        total = RunningSum(SPANS)
+        total.add(first, keep=True)
+        vast = object.__new__(TooLarge)
+        vast.sizes = second.sizes
+        with pytest.raises(MemoryError):
+            total.add(vast, keep=False)
+        assert total.sizes.tolist() == first.sizes.tolist()
+        total.add(second, keep=False)
+        assert total.sums.tolist() == (first.sums + second.sums).tolist()
+
+    def test_of_a_model_in_which_nothing_is_summed(self) -> None:
+        spans = Spans(Layout((Weight("w", (2,), aggregated=False),)))
+        total = RunningSum(spans)
+        for _ in range(2):
+            total.add(Partial(np.zeros(0), np.zeros(0, np.uint64)), keep=False)
+        assert mean(spans, total.sums, total.sizes, {"w": np.ones(2, np.float32)})["w"].tolist() == [1, 1]
 
 
 @given(st.lists(ANY_UPDATE, min_size=1, max_size=6))
@@ -122,7 +192,7 @@ def test_the_same_partials_in_the_same_order_give_the_same_bytes(
     shapes: list[tuple[int, int, list[str]]],
 ) -> None:
     partials = [partial([update]) for update in updates_of(shapes)]
-    first, second = (mean_of(SPANS, partials, PREVIOUS) for _ in range(2))
+    first, second = (mean_of(partials) for _ in range(2))
     assert [values.tobytes() for values in first.values()] == [values.tobytes() for values in second.values()]
 
 
@@ -131,7 +201,7 @@ def test_partials_and_the_model_before_are_left_alone(count: int) -> None:
     partials = [partial(updates_of([(i, 10, NAMES)])) for i in range(count)]
     sums = [(p.sums.copy(), p.sizes.copy()) for p in partials]
     before = {name: values.copy() for name, values in PREVIOUS.items()}
-    model = mean_of(SPANS, partials, PREVIOUS)
+    model = mean_of(partials)
     for p, (values, sizes) in zip(partials, sums, strict=True):
         np.testing.assert_array_equal(p.sums, values)
         np.testing.assert_array_equal(p.sizes, sizes)
@@ -143,18 +213,18 @@ def test_partials_and_the_model_before_are_left_alone(count: int) -> None:
 def test_equal_models_of_any_data_sizes_have_themselves_as_mean() -> None:
     values = np.full(6, 0.5, np.float32)
     updates = [Update({"conv": values * np.float32(n)}, n) for n in (1, 3, 65535, 40000)]
-    np.testing.assert_array_equal(mean_of(SPANS, [partial(updates)], PREVIOUS)["conv"], values)
+    np.testing.assert_array_equal(mean_of([partial(updates)])["conv"], values)
 
 
 def test_data_sizes_are_weights() -> None:
     updates = [Update({"bias": np.float32([10.0])}, 10), Update({"bias": np.float32([150.0])}, 30)]
-    assert mean_of(SPANS, [partial(updates)], PREVIOUS)["bias"].tolist() == [4.0]
+    assert mean_of([partial(updates)])["bias"].tolist() == [4.0]
 
 
 def test_single_precision_would_lose_what_this_keeps() -> None:
     """Thousands of products of 65535: a float32 sum would be off in the third digit."""
     update = Update({"bias": np.float32([0.1]) * np.float32(65535)}, 65535)
-    model = mean_of(SPANS, [partial([update] * 2000), partial([update] * 2000)], PREVIOUS)
+    model = mean_of([partial([update] * 2000), partial([update] * 2000)])
     expected = float(update.weights["bias"][0]) / 65535
     assert model["bias"].dtype == np.float64
     assert model["bias"][0] == pytest.approx(expected, rel=1e-13)
@@ -162,11 +232,11 @@ def test_single_precision_would_lose_what_this_keeps() -> None:
 
 class TestWhatStays:
     def test_without_updates_everything(self) -> None:
-        assert_is_the_mean(mean_of(SPANS, [], PREVIOUS), [])
-        assert_is_the_mean(mean_of(SPANS, [partial([]), partial([])], PREVIOUS), [])
+        assert_is_the_mean(mean_of([]), [])
+        assert_is_the_mean(mean_of([partial([]), partial([])]), [])
 
     def test_a_weight_that_nobody_sent_or_that_is_not_aggregated(self) -> None:
-        model = mean_of(SPANS, [partial(updates_of([(1, 10, ["head", "frozen"])]))], PREVIOUS)
+        model = mean_of([partial(updates_of([(1, 10, ["head", "frozen"])]))])
         for name in ("conv", "bias", "frozen"):
             np.testing.assert_array_equal(model[name], PREVIOUS[name])
         assert not np.array_equal(model["head"], PREVIOUS["head"])
@@ -174,7 +244,7 @@ class TestWhatStays:
     def test_a_sum_of_zero_is_a_mean_of_zero(self) -> None:
         """What counts is whether somebody sent a weight, not what."""
         updates = [Update({"head": np.zeros(5, np.float32)}, 7)]
-        np.testing.assert_array_equal(mean_of(SPANS, [partial(updates)], PREVIOUS)["head"], np.zeros(5))
+        np.testing.assert_array_equal(mean_of([partial(updates)])["head"], np.zeros(5))
 
     def test_sizes_beyond_double_precision_are_exact_integers(self) -> None:
         sums = np.full(SPANS.total, 2.0**60)

@@ -171,11 +171,11 @@ class History:
     # ---- steps
 
     def began(self, *, failed: bool = False, again: bool = False) -> None:
-        """A new iteration or attempt; ``failed``: with updates left over; ``again``: the same, forgotten by Redis."""
+        """A new epoch; ``failed``: with updates left over; ``again``: the same, forgotten by Redis."""
         if not failed and self.served:
             self.seal()
         number = len(self.served) + 1
-        epoch = Epoch("instance", 1 + number // 2, 1 + number % 2, f"{number:064x}")
+        epoch = Epoch("instance", 1 + number // 2, f"{number:064x}")
         if again and self.served:
             epoch = self.account.epoch
         start = self.now

@@ -164,17 +164,30 @@ class TestOtherFiles:
 
     def test_a_foreign_version_says_what_this_server_reads(self, parts: Parts) -> None:
         content = bytearray(parts.content)
-        content[8:12] = (2).to_bytes(4, "little")
-        with pytest.raises(Damaged, match="a ledger of version 2, this server reads version 1"):
+        content[8:12] = (1).to_bytes(4, "little")
+        with pytest.raises(Damaged, match="a ledger of version 1, this server reads version 2"):
             layout.examine(memoryview(content))
+
+    def test_what_a_first_page_tells_without_the_rest(self, parts: Parts) -> None:
+        page = parts.content[: layout.PAGE]
+        assert layout.shape_of(page) == parts.shape
+        assert layout.ledger_id_of(page) == layout.ledger_id_of(parts.content) == parts.examined.ledger_id
+        with pytest.raises(Damaged, match="less than a header"):
+            layout.shape_of(page[:-1])
+        for place, changed in flips(page, range(HEADER_SIZE)):
+            with pytest.raises(Damaged):
+                layout.shape_of(changed)
+            assert (layout.ledger_id_of(changed) is None) is (place < 8), "only a foreign file has no id"
+        for nothing in (b"", page[:100], bytes(layout.PAGE)):
+            assert layout.ledger_id_of(nothing) is None
 
     def test_zeros(self) -> None:
         with pytest.raises(Damaged, match="magic"):
             layout.examine(memoryview(bytes(SHAPE.size)))
 
     def test_another_epoch(self, parts: Parts) -> None:
-        other = layout.Epoch("instance", 99, 1, "0" * 64)
-        with pytest.raises(Damaged, match="the ledger holds iteration"):
+        other = layout.Epoch("instance", 99, "0" * 64)
+        with pytest.raises(Damaged, match="the ledger holds updates of iteration"):
             Ledger.recover(Held(parts.content), MODEL, other)
 
     def test_a_trailer_of_another_generation(self, parts: Parts) -> None:

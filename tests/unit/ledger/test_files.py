@@ -116,6 +116,16 @@ class TestCreate:
         create_file(tmp_path, "x", SIZE)
         assert seen == ["held"]
 
+    def test_where_only_spans_are_written_the_rest_takes_no_room(self, tmp_path: Path) -> None:
+        spans = ((0, 4096), (1 << 20, 8192))
+        file = create_file(tmp_path, "x", 1 << 24, spans=spans)
+        assert len(file.buffer) == file.path.stat().st_size == 1 << 24
+        assert file.path.stat().st_blocks * 512 == 4096 + 8192
+        for at, length in spans:
+            file.buffer[at : at + length] = b"x" * length
+        assert file.path.stat().st_blocks * 512 == 4096 + 8192
+        assert file.path.read_bytes().count(b"x") == 4096 + 8192
+
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
     def test_without_room_it_says_how_much_is_needed_and_where(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -126,6 +136,8 @@ class TestCreate:
         monkeypatch.setattr(os, "posix_fallocate", full)
         with pytest.raises(NoSpace, match=f"needs {SIZE} bytes at {tmp_path}"):
             create_file(tmp_path, "x", SIZE)
+        with pytest.raises(NoSpace, match=f"needs 300 bytes at {tmp_path}"):
+            create_file(tmp_path, "x", SIZE, spans=((0, 100), (4096, 200)))
         assert list(tmp_path.iterdir()) == []
 
     def test_another_failure_leaves_nothing_either(
@@ -198,7 +210,7 @@ class TestOpen:
 
     def test_a_ledger_survives_its_process(self, tmp_path: Path) -> None:
         file = create_file(tmp_path, "x", SHAPE.size)
-        epoch = Epoch("instance", 1, 1, "0" * 64)
+        epoch = Epoch("instance", 1, "0" * 64)
         made = Ledger.create(file, MODEL, SHAPE)
         made.begin(epoch)
         file.close()

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from unit.ledger.histories import MODEL, SHAPE, Device, assert_holds, body_of, read
 from unit.ledger.tracing import Held, Tracing
 
+from fedcore.core.client_key import client_hash
 from fedcore.errors import LocalError
+from fedcore.ledger import layout
 from fedcore.ledger import ledger as ledger_module
 from fedcore.ledger.layout import MAX_FL_ID, Damaged, Epoch, Shape, SlotState, Totals, sum_of
 from fedcore.ledger.ledger import MERGE_BATCH, Ledger, Slot, Update
 from fedcore.wire.arrays import Layout, Weight
 
-EPOCH = Epoch("instance", 1, 1, "0" * 64)
+EPOCH = Epoch("instance", 1, "0" * 64)
 
 
 def new_ledger(shape: Shape = SHAPE, model: Layout = MODEL) -> Ledger:
@@ -223,20 +226,20 @@ class TestEpochs:
     def test_an_empty_one_is_zeros(self) -> None:
         partial = new_ledger().seal()
         assert_holds(partial, {})
-        assert (partial.iteration, partial.attempt) == (1, 1)
+        assert partial.iteration == 1
 
     def test_the_next_one_starts_anew_and_gets_all_slots_back(self) -> None:
         ledger = new_ledger()
         accept(ledger, Device("x", 1))
         merge_all(ledger)
         accept(ledger, Device("y", 2))
-        ledger.begin(Epoch("instance", 2, 1, "1" * 64))
+        ledger.begin(Epoch("instance", 2, "1" * 64))
         assert (ledger.idle, ledger.holds("x"), ledger.free_slots) == (True, False, SHAPE.slots)
         accept(ledger, Device("y", 3))
         merge_all(ledger)
         partial = ledger.seal()
         assert_holds(partial, {"y": Device("y", 3)})
-        assert (partial.iteration, partial.attempt) == (2, 1)
+        assert partial.iteration == 2
 
     def test_a_partial_stays_as_it_is(self) -> None:
         ledger = new_ledger()
@@ -244,7 +247,7 @@ class TestEpochs:
         merge_all(ledger)
         partial = ledger.seal()
         assert_holds(partial, {"x": Device("x", 1)})
-        ledger.begin(Epoch("instance", 2, 1, "1" * 64))
+        ledger.begin(Epoch("instance", 2, "1" * 64))
         assert partial.sizes.tolist() == [7, 7, 7]
         assert partial.totals.count == 1
 
@@ -253,6 +256,115 @@ class TestEpochs:
         accept(ledger, Device("x", 1))
         with pytest.raises(LocalError, match="before its updates were merged"):
             ledger.seal()
+
+
+class TestUnseal:
+    def test_what_was_there_stays_and_more_comes(self) -> None:
+        ledger = new_ledger()
+        accept(ledger, Device("x", 1))
+        merge_all(ledger)
+        ledger.seal()
+        ledger.unseal()
+        accept(ledger, Device("y", 2))
+        merge_all(ledger)
+        assert_holds(ledger.seal(), {"x": Device("x", 1), "y": Device("y", 2)})
+
+    def test_what_is_in_is_not_taken_twice(self) -> None:
+        ledger = new_ledger()
+        accept(ledger, Device("x", 1))
+        merge_all(ledger)
+        ledger.seal()
+        ledger.unseal()
+        with pytest.raises(LocalError):
+            accept(ledger, Device("x", 1))
+
+    def test_sealed_again_nothing_is_accepted(self) -> None:
+        ledger = new_ledger()
+        ledger.seal()
+        ledger.unseal()
+        ledger.seal()
+        with pytest.raises(LocalError):
+            accept(ledger, Device("x", 1))
+
+
+class TestClients:
+    """Who is in a ledger, for a shared state that has forgotten it."""
+
+    def test_are_told_by_their_hashes_merged_or_not(self) -> None:
+        ledger = new_ledger()
+        assert ledger.clients() == {}
+        accept(ledger, Device("x", 1, data_size=65535), Device("y", 2, data_size=1))
+        merge_all(ledger)
+        accept(ledger, Device("z", 3, data_size=9))
+        received(ledger, Device("asked", 4))
+        sizes = {"x": 65535, "y": 1, "z": 9}
+        assert ledger.clients() == {client_hash(fl_id): size for fl_id, size in sizes.items()}
+        assert all(len(client) == 16 for client in ledger.clients())
+
+    def test_of_an_epoch_that_is_over_are_none(self) -> None:
+        ledger = new_ledger()
+        accept(ledger, Device("x", 1))
+        merge_all(ledger)
+        accept(ledger, Device("y", 2))
+        ledger.begin(Epoch("instance", 2, "1" * 64))
+        assert ledger.clients() == {}
+
+    def test_are_those_of_the_partial(self) -> None:
+        ledger = new_ledger()
+        accept(ledger, *devices(3))
+        merge_all(ledger)
+        assert ledger.seal().clients == tuple(ledger.clients())
+
+    def test_are_there_after_a_crash(self) -> None:
+        owner = new_ledger()
+        accept(owner, Device("x", 1, data_size=5))
+        merge_all(owner)
+        heir, _ = Ledger.recover(Held(owner._storage.buffer), MODEL, EPOCH)  # type: ignore[arg-type]
+        assert heir.clients() == {client_hash("x"): 5}
+
+    def test_none_is_missed_while_another_thread_merges(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Between two looks, one at the merged and one at the others, the updates may go from these to those."""
+        ledger = new_ledger()
+        accept(ledger, *devices(2))
+        everybody = {client_hash(device.fl_id): device.data_size for device in devices(2)}
+        seen: list[dict[bytes, int]] = []
+
+        def look(fl_id: str) -> bytes:
+            merge_all(ledger)
+            return client_hash(fl_id)
+
+        monkeypatch.setattr(ledger_module, "client_hash", look)
+        seen.append(ledger.clients())
+        monkeypatch.undo()
+        assert ledger.unmerged == 0
+        assert seen == [everybody]
+
+
+class TestPartialsAreFiles:
+    """What a partial says of itself makes a ledger file of it again, see test_copy.py."""
+
+    def test_its_content_is_the_live_accumulator(self) -> None:
+        ledger = new_ledger()
+        for merges in range(4):
+            partial = ledger.seal()
+            assert (partial.start, len(partial.content)) == (
+                SHAPE.accumulator_at(layout.read_generation(ledger._storage.buffer)),
+                SHAPE.accumulator_size,
+            )
+            assert partial.content.readonly
+            ledger.unseal()
+            accept(ledger, Device(f"client-{merges}", merges))
+            merge_all(ledger)
+            assert partial.start != ledger.seal().start
+            ledger.unseal()
+
+    def test_its_head_has_no_slots(self) -> None:
+        ledger = new_ledger()
+        head = ledger.seal().head
+        assert len(head) == layout.PAGE
+        assert layout.shape_of(head) == replace(SHAPE, slots=0)
+        assert layout.ledger_id_of(head) == ledger.id
+        assert layout.read_generation(memoryview(head)) == 1
 
 
 class TestSettle:
@@ -301,8 +413,13 @@ class TestSettle:
 
     def test_the_wrong_epoch_is_not_taken_over(self) -> None:
         owner = new_ledger()
-        with pytest.raises(Damaged, match="iteration 1, attempt 1"):
-            Ledger.recover(Held(owner._storage.buffer), MODEL, Epoch("instance", 1, 2, "0" * 64))  # type: ignore[arg-type]
+        for other in (
+            Epoch("another", 1, "0" * 64),
+            Epoch("instance", 2, "0" * 64),
+            Epoch("instance", 1, "1" * 64),
+        ):
+            with pytest.raises(Damaged, match="the ledger holds updates of iteration 1"):
+                Ledger.recover(Held(owner._storage.buffer), MODEL, other)  # type: ignore[arg-type]
 
 
 def test_totals_of_several_ledgers_add_up() -> None:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from twisted.logger import capturedLogs
 
 from fedcore.errors import ConfigError, LocalError, NonFinite
-from fedcore.models import durable
-from fedcore.models.checkpoints import Checkpoint, load_newest, save
+from fedcore.models import checkpoints, durable
+from fedcore.models.checkpoints import Checkpoint, holds, load_newest, save
 from fedcore.models.formats import write_ckpt, write_model
 
 START = datetime(2026, 3, 1, 12, 0, 0)
@@ -484,3 +484,62 @@ def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     put(tmp_path, 1)
     assert load(tmp_path).iteration == 1
     assert leftover.exists()  # who knows whether its writer lives
+
+
+# ---- whether an iteration is written already
+
+
+class TestHolds:
+    def test_says_so_of_what_was_saved(self, tmp_path: Path) -> None:
+        put(tmp_path, 4, digest="d4")
+        put(tmp_path, 5, digest="d5")
+        assert holds(tmp_path, "lenet", 5, "digest", "d5")
+        assert holds(tmp_path, "lenet", 4, "digest", "d4")
+
+    @pytest.mark.parametrize(
+        ("job", "iteration", "key", "value"),
+        [
+            ("other", 5, "digest", "d5"),
+            ("lenet", 4, "digest", "d5"),
+            ("lenet", 5, "other", "d5"),
+            ("lenet", 5, "digest", "d"),
+            ("lenet", 5, "digest", ""),
+        ],
+    )
+    def test_says_no_of_anything_else(
+        self, tmp_path: Path, job: str, iteration: int, key: str, value: str
+    ) -> None:
+        put(tmp_path, 5, digest="d5")
+        assert not holds(tmp_path, job, iteration, key, value)
+
+    def test_one_of_several_files_is_enough(self, tmp_path: Path) -> None:
+        for at, digest in enumerate(("a", "b", "c")):
+            put(tmp_path, 5, at=at, digest=digest, instance=f"i{at}")
+        assert all(holds(tmp_path, "lenet", 5, "digest", digest) for digest in "abc")
+
+    def test_where_there_is_no_directory(self, tmp_path: Path) -> None:
+        assert not holds(tmp_path / "missing", "lenet", 5, "digest", "d5")
+        (tmp_path / "file").touch()
+        assert not holds(tmp_path / "file", "lenet", 5, "digest", "d5")
+
+    def test_damaged_files_say_nothing_and_hide_nothing(self, tmp_path: Path) -> None:
+        path = put(tmp_path, 5, digest="d5")
+        for at, content in enumerate((b"", b"short", path.read_bytes()[:50], b"\xff" * 200)):
+            path.with_name(f"lenet_recovery_iteration_5_20200101_00000{at}.safetensors").write_bytes(content)
+        write_ckpt(path.with_suffix(".ckpt"), weights(5))
+        assert holds(tmp_path, "lenet", 5, "digest", "d5")
+        path.unlink()
+        assert not holds(tmp_path, "lenet", 5, "digest", "d5")
+
+    def test_a_file_that_vanishes_meanwhile(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A sibling has written a newer one and drops the oldest."""
+        path = put(tmp_path, 5, digest="d5")
+        read = checkpoints.read_metadata
+
+        def vanish(which: Path) -> dict[str, str]:
+            metadata = read(which)
+            path.unlink()
+            return metadata
+
+        monkeypatch.setattr(checkpoints, "read_metadata", vanish)
+        assert not holds(tmp_path, "lenet", 5, "digest", "d5")

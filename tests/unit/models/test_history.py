@@ -65,6 +65,16 @@ def test_a_newer_model_of_the_same_iteration_replaces_the_older() -> None:
     assert held(history) == {0: 0, 1: 100}
 
 
+def test_a_model_is_found_by_its_digest_as_long_as_it_is_kept() -> None:
+    history = after(1, 2)
+    assert history.find(model(1).digest) is history.get(1)
+    assert history.find(model(2).digest) is history.newest_image
+    assert history.find(model(9).digest) is None
+    assert history.find("") is None
+    history.add(3, model(3))
+    assert history.find(model(0).digest) is None, "the oldest has made room"
+
+
 def test_an_iteration_without_a_model_keeps_the_one_before() -> None:
     history = after(1, 2)
     before = history.newest_image

@@ -236,3 +236,70 @@ def test_different_models_have_different_digests() -> None:
     images = [template.image({"a": np.eye(3)[row]}) for row in range(3)]
     renamed = ImageTemplate(Layout((Weight("b", (3,)),))).image({"b": np.eye(3)[0]})
     assert len({image.digest for image in [*images, renamed]}) == 4
+
+
+# ---- from another server
+
+SMALL: dict[str, tuple[int, ...]] = {"a": (2, 3), "ü": (), "b": (5,)}
+
+
+class TestRestore:
+    def template(self, model: dict[str, tuple[int, ...]] | None = None) -> ImageTemplate:
+        model = model or SMALL
+        return ImageTemplate(Layout(tuple(Weight(name, shape) for name, shape in model.items())))
+
+    @given(models)
+    def test_the_tail_of_an_image_is_that_image(self, model: dict[str, tuple[int, ...]]) -> None:
+        image, template = image_of(model), self.template(model) if model else ImageTemplate(Layout(()))
+        assert len(image.tail) == template.size
+        for tail in (image.tail, bytearray(image.tail)):
+            again = template.restore(tail, image.digest)
+            assert (again.tail, again.digest) == (image.tail, image.digest)
+            assert {n: v.tolist() for n, v in again.arrays.items()} == {
+                n: v.tolist() for n, v in image.arrays.items()
+            }
+
+    def test_it_does_not_change_with_what_it_was_read_into(self) -> None:
+        image = image_of(SMALL)
+        received = bytearray(image.tail)
+        again = self.template().restore(received, image.digest)
+        received[:] = bytes(len(received))
+        assert again.tail == image.tail
+        assert not any(values.flags.writeable for values in again.arrays.values())
+
+    def test_a_changed_float_is_noticed(self) -> None:
+        image, template = image_of(SMALL), self.template()
+        for values in image.arrays.values():
+            changed = bytearray(image.tail)
+            changed[place_of(values, image.tail)] ^= 1
+            with pytest.raises(ShapeMismatch, match="not what its digest says"):
+                template.restore(changed, image.digest)
+
+    def test_a_changed_frame_is_never_served(self) -> None:
+        """Around the floats stands what this server itself would write."""
+        image, template = image_of(SMALL), self.template()
+        floats = {
+            place_of(values, image.tail) + i for values in image.arrays.values() for i in range(values.nbytes)
+        }
+        for place in set(range(len(image.tail))) - floats:
+            changed = bytearray(image.tail)
+            changed[place] ^= 255
+            assert template.restore(changed, image.digest).tail == image.tail
+
+    @pytest.mark.parametrize("by", [-4, -1, 1, 4])
+    def test_another_length_is_refused(self, by: int) -> None:
+        image = image_of(SMALL)
+        tail = image.tail[:by] if by < 0 else image.tail + bytes(by)
+        with pytest.raises(ShapeMismatch, match=f"a model of {len(tail)} bytes does not fit"):
+            self.template().restore(tail, image.digest)
+
+    def test_another_layout_of_the_same_length_is_refused(self) -> None:
+        image, other = image_of({"a": (2,), "b": (3,)}), self.template({"a": (3,), "b": (2,)})
+        assert len(image.tail) == other.size
+        with pytest.raises(ShapeMismatch):
+            other.restore(image.tail, image.digest)
+
+    @pytest.mark.parametrize("digest", ["", "00" * 32])
+    def test_another_digest_is_refused(self, digest: str) -> None:
+        with pytest.raises(ShapeMismatch, match="digest"):
+            self.template().restore(image_of(SMALL).tail, digest)
