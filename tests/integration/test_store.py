@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Coroutine
+import json
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 from integration.redis_fixture import PrivateRedis, ReactorThread, redis_client
 from twisted.internet import defer
+from twisted.internet.endpoints import TCP4ClientEndpoint
 
 from fedcore.core.admission import Acceptance, Selection
+from fedcore.core.client_key import client_key
 from fedcore.core.iteration import Iteration, Phase
 from fedcore.core.job import RunningState
 from fedcore.errors import StoreUnavailable
@@ -22,13 +25,20 @@ from fedcore.store.cluster_state import (
     IterationMoved,
     LeaseLapsed,
     LedgerRevoked,
+    Look,
     Node,
+    Raised,
+    Rebased,
     Reserve,
+    Snapshot,
     StateMissing,
     claim_instance,
     current_instance,
 )
+from fedcore.store.instances import hyper_parameters_text
+from fedcore.store.notices import Notices
 from fedcore.store.redis import Redis
+from fedctl.processes import wait_until
 
 WINDOW_MS = 300_999  # of the whole iteration; lifetimes follow from its whole seconds
 JOB_TTL, ITERATION_TTL = 300 + 604_800, 300 + 1_800
@@ -62,10 +72,23 @@ class Shared:
         return self.run(self.redis.command(*words))
 
     def create(self, number: int = 5, running: RunningState = RunningState.RUNNING) -> bool:
-        return self.run(self.state.create(number, success=True, result="fine", running=running))
+        return self.run(  # type: ignore[no-any-return]
+            self.state.create(number, success=True, result="fine", running=running, base="b0")
+        )
+
+    def look(self) -> Look:
+        return self.run(self.state.read())  # type: ignore[no-any-return]
 
     def read(self) -> Any:
-        return self.run(self.state.read())
+        return self.look().snapshot
+
+    def another(self, instance: str) -> Shared:
+        """The same job, as seen by a server of another instance."""
+        return replace(self, state=ClusterState(self.redis, self.state.keys.fl_name, instance, WINDOW_MS))
+
+    def name(self, instance: str = "i_1") -> None:
+        """The job has this instance."""
+        self.command("SET", keys.instance_name(self.state.keys.fl_name), instance, "EX", 60)
 
     def selecting(
         self, fl_id: str, number: int = 5, places: int = 3, fit: bool = True, reserve: Reserve = SOON
@@ -123,8 +146,72 @@ class Shared:
     def accept(self, fl_id: str, **given: Any) -> tuple[Acceptance, int, ClientMeta | None]:
         return self.run(self.accepting(fl_id, **given))  # type: ignore[no-any-return]
 
-    def go(self, before: Phase, after: Phase, number: int = 5, attempt: int = 1, **fields: str) -> bool:
-        return self.run(self.state.set_phase(number, attempt, before, after, fields))  # type: ignore[no-any-return]
+    def seal(self, number: int = 5, attempt: int = 1, quorum: int = 0) -> bool:
+        return self.run(self.state.seal(number, attempt, quorum))  # type: ignore[no-any-return]
+
+    def record(
+        self,
+        token: str,
+        digest: str = "d1",
+        number: int = 5,
+        attempt: int = 1,
+        updates: int | None = None,
+    ) -> bool:
+        counted = len(self.run(self.state.uploads(number))) if updates is None else updates
+        return self.run(  # type: ignore[no-any-return]
+            self.state.record_candidate(number, attempt, token, digest, counted)
+        )
+
+    def claim(
+        self, node_id: str = "node-1", token: str = "", number: int = 5, attempt: int = 1
+    ) -> tuple[str, str] | None:
+        return self.run(self.state.claim_reduction(number, attempt, token, node_id))  # type: ignore[no-any-return]
+
+    def claimed(self, node_id: str = "node-1") -> str:
+        """Go on from collecting until there is a finaliser; return its token."""
+        assert self.seal()
+        claim = self.claim(node_id)
+        assert claim is not None
+        return claim[0]
+
+    def reopen(
+        self,
+        *ledgers: str,
+        number: int = 5,
+        attempt: int = 1,
+        phase: Phase = Phase.COLLECTING,
+        token: str = "",
+    ) -> int | None:
+        return self.run(  # type: ignore[no-any-return]
+            self.state.reopen(number, attempt, phase=phase, token=token, ledgers=ledgers)
+        )
+
+    def restore(
+        self,
+        ledger_id: str,
+        *fl_ids: str,
+        number: int = 5,
+        node_id: str = "node-1",
+        meta: ClientMeta | None = None,
+    ) -> int | None:
+        clients = {client_key(fl_id): meta or META for fl_id in fl_ids}
+        return self.run(  # type: ignore[no-any-return]
+            self.state.restore_clients(number, ledger_id, node_id, clients)
+        )
+
+    def rebasing(
+        self, before: str, after: str, number: int = 5, finishes: bool = False
+    ) -> Coroutine[Any, Any, Rebased]:
+        return self.state.rebase(number, before, after, result="the model is gone", finishes=finishes)
+
+    def clients(self, number: int = 5) -> dict[str, ClientMeta]:
+        """The places as Redis holds them: client key -> what it declared."""
+        flat = self.command("HGETALL", self.state.keys.clients(number))
+        pairs = zip(flat[::2], flat[1::2], strict=True)
+        return {key.decode(): ClientMeta.unpack(meta) for key, meta in pairs}
+
+    def uploads(self, number: int = 5) -> dict[str, str]:
+        return self.run(self.state.uploads(number))  # type: ignore[no-any-return]
 
     def advance(
         self,
@@ -134,10 +221,19 @@ class Shared:
         success: bool = True,
         result: str = "done",
         finishes: bool = False,
+        token: str = "",
+        base: str = "",
     ) -> bool:
         return self.run(  # type: ignore[no-any-return]
             self.state.advance(
-                number, attempt, success=success, result=result, finishes=finishes, phase=phase
+                number,
+                attempt,
+                success=success,
+                result=result,
+                finishes=finishes,
+                phase=phase,
+                token=token,
+                base=base,
             )
         )
 
@@ -146,6 +242,12 @@ class Shared:
         flat = self.command("HGETALL", self.state.keys.status)
         fields = {key.decode(): value.decode() for key, value in zip(flat[::2], flat[1::2], strict=True)}
         return {key: value for key, value in fields.items() if not key.endswith("Ms")}
+
+    def moments(self) -> dict[str, int]:
+        """The moments in the status hash, milliseconds of Redis' clock."""
+        names = ("startedMs", "firstUploadMs", "sealedMs")
+        found = self.command("HMGET", self.state.keys.status, *names)
+        return {name: int(moment) for name, moment in zip(names, found, strict=True) if moment is not None}
 
     def set_status(self, **fields: str | int) -> None:
         self.command("HSET", self.state.keys.status, *(part for item in fields.items() for part in item))
@@ -156,6 +258,10 @@ class Shared:
     def names(self) -> set[str]:
         """All keys of this job."""
         return {name.decode() for name in self.command("KEYS", f"ms_fl:{self.state.keys.fl_name}:*")}
+
+
+def keys_of(*fl_ids: str) -> set[str]:
+    return {client_key(fl_id) for fl_id in fl_ids}
 
 
 def fresh(loop: ReactorThread, redis: Redis) -> Shared:
@@ -188,21 +294,19 @@ elsewhere = pytest.mark.parametrize(
 
 class TestStatus:
     def test_there_is_none_at_first(self, shared: Shared) -> None:
-        assert shared.read() is None
+        assert shared.look() == Look("", None)
 
     def test_it_is_written_once(self, shared: Shared) -> None:
         assert shared.create(5)
         before = shared.read()
         assert not shared.create(1, RunningState.FINISH)
         assert shared.read() == before
-        assert before.iteration == Iteration(5)
-        assert (before.started_ago, before.first_upload_ago, before.token) == (None, None, "")
-        assert (before.success, before.result) == (True, "fine")
+        assert before == Snapshot(Iteration(5, base="b0"), None, None, None, 0, 0, True, "fine")
         assert shared.ttl(shared.state.keys.status) == pytest.approx(JOB_TTL, abs=2)
 
     @pytest.mark.parametrize("running", RunningState)
     def test_it_tells_whether_the_job_runs(self, shared: Shared, running: RunningState) -> None:
-        shared.run(shared.state.create(9, success=False, result="warum nicht: ü", running=running))
+        shared.run(shared.state.create(9, success=False, result="warum nicht: ü", running=running, base=""))
         snapshot = shared.read()
         assert snapshot.iteration == Iteration(9, running=running)
         assert (snapshot.success, snapshot.result) == (False, "warum nicht: ü")
@@ -215,36 +319,69 @@ class TestStatus:
             "runningState": "0",
             "attempt": "1",
             "phase": "collecting",
+            "base": "b0",
         }
+
+    def test_one_look_tells_the_name_of_the_instance_too(self, open_five: Shared) -> None:
+        assert open_five.look().instance == ""
+        open_five.name("i_1")
+        assert open_five.look() == Look("i_1", open_five.read())
+        newer = open_five.another("i_2")
+        assert newer.look() == Look("i_1", None)
+        open_five.name("i_2")
+        assert open_five.look().instance == "i_2"
+        assert open_five.read().iteration.number == 5
+
+    def test_a_look_tells_all_that_is_there(self, open_five: Shared) -> None:
+        open_five.set_status(
+            attempt=3,
+            phase="candidate",
+            token="7:n",
+            digest="d",
+            base="b",
+            lost=4,
+            disabled=1,
+            fence=7,
+            epoch=2,
+        )
+        snapshot = open_five.read()
+        assert snapshot.iteration == Iteration(
+            5, 3, Phase.CANDIDATE, token="7:n", digest="d", base="b", lost=4, interrupted=True
+        )
+        assert (snapshot.fence, snapshot.epoch) == (7, 2)
 
     def test_the_counts_and_clocks_are_those_of_its_iteration(self, open_five: Shared) -> None:
         open_five.select("a")
         open_five.select("b")
         open_five.accept("a")
         snapshot = open_five.read()
-        assert snapshot.iteration == Iteration(5, selected=2, uploaded=1)
+        assert snapshot.iteration == Iteration(5, selected=2, uploaded=1, base="b0")
         assert 0 <= snapshot.first_upload_ago <= snapshot.started_ago < 20
-        open_five.advance()
+        assert snapshot.sealed_ago is None
+        open_five.seal()
         snapshot = open_five.read()
-        assert snapshot.iteration == Iteration(6)
-        assert (snapshot.started_ago, snapshot.first_upload_ago) == (None, None)
+        assert 0 <= snapshot.sealed_ago <= snapshot.first_upload_ago
+        open_five.advance(phase=Phase.SEALED)
+        snapshot = open_five.read()
+        assert snapshot.iteration == Iteration(6, base="b0")
+        assert (snapshot.started_ago, snapshot.first_upload_ago, snapshot.sealed_ago) == (None, None, None)
 
     def test_one_of_the_original_is_read_and_served(self, shared: Shared) -> None:
-        """Servers of the original write no attempt and no phase; the secret prime is no text."""
+        """Servers of the original write none of our fields; the secret prime is no text."""
         shared.set_status(iterationNum=5, lastIterationSuccess=1, lastIterationResult="", runningState=0)
         shared.command("HSET", shared.state.keys.status, "prime", bytes(range(200, 233)))
         assert shared.read().iteration == Iteration(5)
         assert shared.select("a") == (Selection.SELECTED, 1)
         assert shared.accept("a") == (Acceptance.ACCEPTED, 1, META)
-        assert shared.go(Phase.COLLECTING, Phase.SEALED)
-        assert shared.advance(phase=Phase.SEALED)
+        token = shared.claimed()
+        assert shared.advance(phase=Phase.REDUCING, token=token)
 
     def test_a_state_that_is_not_there_counts_as_running(self, shared: Shared) -> None:
         shared.set_status(iterationNum=5)
         assert shared.read().iteration == Iteration(5)
         assert shared.select("a") == (Selection.SELECTED, 1)
         assert shared.accept("a") == (Acceptance.ACCEPTED, 1, META)
-        assert shared.go(Phase.COLLECTING, Phase.SEALED)
+        assert shared.seal()
 
     def test_a_switch_without_an_iteration_is_no_status(self, shared: Shared) -> None:
         """An operator may switch a job off right after Redis lost its data."""
@@ -255,9 +392,11 @@ class TestStatus:
         with pytest.raises(StateMissing):
             shared.accept("a")
         assert not shared.advance()
-        assert not shared.go(Phase.COLLECTING, Phase.SEALED)
+        assert not shared.seal()
+        assert shared.claim() is None
+        assert shared.reopen() is None
         assert shared.create(5)
-        assert shared.read().iteration == Iteration(5)
+        assert shared.read().iteration == Iteration(5, base="b0")
 
 
 class TestSelect:
@@ -266,8 +405,7 @@ class TestSelect:
         assert open_five.select("b") == (Selection.SELECTED, 2)
         assert open_five.select("a")[0] is Selection.KNOWN
         assert open_five.read().iteration.selected == 2
-        held = open_five.command("HGET", open_five.state.keys.clients(5), "a")
-        assert ClientMeta.unpack(held) == META
+        assert open_five.clients() == dict.fromkeys(keys_of("a", "b"), META)
 
     def test_a_repeat_keeps_what_was_declared_first(self, open_five: Shared) -> None:
         open_five.select("a")
@@ -284,7 +422,9 @@ class TestSelect:
 
     def test_an_unfit_request_only_learns_what_it_would_get(self, open_five: Shared) -> None:
         assert open_five.select("a", fit=False)[0] is Selection.UNFIT
-        assert open_five.read() == replace(open_five.read(), iteration=Iteration(5), started_ago=None)
+        assert open_five.read() == replace(
+            open_five.read(), iteration=Iteration(5, base="b0"), started_ago=None
+        )
         for fl_id in "bcd":
             open_five.select(fl_id)
         assert open_five.select("a", fit=False)[0] is Selection.FULL
@@ -307,7 +447,7 @@ class TestSelect:
         self, open_five: Shared
     ) -> None:
         open_five.select("a")
-        assert open_five.go(Phase.COLLECTING, Phase.SEALED)
+        assert open_five.seal()
         assert open_five.select("a")[0] is Selection.KNOWN
         with pytest.raises(IterationMoved) as moved:
             open_five.select("b")
@@ -355,7 +495,7 @@ class TestReservedPlaces:
         return {name.decode() for name in shared.command("ZRANGE", shared.state.keys.waiting, 0, -1)}
 
     def returns(self, shared: Shared, fl_id: str) -> float:
-        return float(shared.command("ZSCORE", shared.state.keys.waiting, fl_id))
+        return float(shared.command("ZSCORE", shared.state.keys.waiting, client_key(fl_id)))
 
     def test_others_only_get_what_is_not_reserved(self, open_five: Shared) -> None:
         self.refuse(open_five, "late")
@@ -363,7 +503,7 @@ class TestReservedPlaces:
         assert open_five.select("y", number=6)[0] is Selection.SELECTED
         assert open_five.select("z", number=6)[0] is Selection.FULL
         assert open_five.select("late", number=6) == (Selection.SELECTED, 3)
-        assert self.waiting(open_five) == {"z"}
+        assert self.waiting(open_five) == keys_of("z")
 
     def test_of_many_others_none_gets_a_reserved_place(self, open_five: Shared) -> None:
         self.refuse(open_five, "late")
@@ -391,7 +531,7 @@ class TestReservedPlaces:
 
     def test_no_more_are_reserved_than_there_are(self, open_five: Shared) -> None:
         self.refuse(open_five, "l1", "l2", "l3", "l4")
-        assert self.waiting(open_five) == {"l1", "l2", "l3"}
+        assert self.waiting(open_five) == keys_of("l1", "l2", "l3")
         assert open_five.select("l4", number=6)[0] is Selection.FULL
         for fl_id in ("l1", "l2", "l3"):
             assert open_five.select(fl_id, number=6)[0] is Selection.SELECTED
@@ -419,7 +559,7 @@ class TestReservedPlaces:
     def test_an_unfit_request_leaves_the_place_reserved(self, open_five: Shared) -> None:
         self.refuse(open_five, "late")
         assert open_five.select("late", number=6, fit=False)[0] is Selection.UNFIT
-        assert self.waiting(open_five) == {"late"}
+        assert self.waiting(open_five) == keys_of("late")
 
     def test_the_list_expires_with_its_last_place(self, open_five: Shared) -> None:
         for returns, expected in ((5_000, 6_000), (90_000, 91_000), (7_000, 91_000)):
@@ -526,9 +666,20 @@ class TestAccept:
 
     def test_in_another_attempt_nothing_is_accepted(self, ready: Shared) -> None:
         ready.set_status(attempt=2)
-        with pytest.raises(IterationMoved):
+        with pytest.raises(IterationMoved) as moved:
             ready.accept("a")
+        assert moved.value.number == 5
         assert ready.accept("a", attempt=2)[0] is Acceptance.ACCEPTED
+
+    def test_a_repeat_is_answered_in_a_later_attempt(self, ready: Shared) -> None:
+        """The first reply was lost, then another ledger was; the update still counts, so its ledger must keep it."""
+        ready.accept("a")
+        ready.accept("b", ledger_id="L2")
+        assert ready.reopen("L2") == 1
+        assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
+        assert ready.accept("a", attempt=2) == (Acceptance.ACCEPTED, 1, META)
+        with pytest.raises(LedgerRevoked):
+            ready.accept("b", ledger_id="L2")
 
     def test_without_a_status_the_caller_is_told(self, shared: Shared) -> None:
         shared.serve("L1", "node-1")
@@ -587,6 +738,12 @@ class TestOwners:
         won = shared.together([shared.state.own_ledger("L1", f"n{i}", "dead") for i in range(50)])
         assert won.count(True) == 1
         assert shared.owner("L1") == f"n{won.index(True)}"
+
+    def test_all_are_told(self, shared: Shared) -> None:
+        assert shared.run(shared.state.ledgers()) == {}
+        shared.own("L1", "node-1")
+        shared.own("L2", keys.REVOKED)
+        assert shared.run(shared.state.ledgers()) == {"L1": "node-1", "L2": keys.REVOKED}
 
     def test_a_forgotten_one_is_like_a_new_one(self, shared: Shared) -> None:
         shared.own("L1", "node-1")
@@ -704,50 +861,315 @@ class TestWhoMayHaveUpdatesCounted:
         assert ready.counted("L1", "a") == {"a": META}
 
 
-class TestPhases:
-    def test_each_step_is_taken_once(self, open_five: Shared) -> None:
-        assert open_five.go(Phase.COLLECTING, Phase.SEALED)
-        assert not open_five.go(Phase.COLLECTING, Phase.SEALED)
-        assert open_five.go(Phase.SEALED, Phase.REDUCING, token="node-1")
-        assert not open_five.go(Phase.SEALED, Phase.REDUCING, token="node-2")
-        snapshot = open_five.read()
-        assert (snapshot.token, snapshot.iteration.phase) == ("node-1", Phase.REDUCING)
-        assert open_five.go(Phase.REDUCING, Phase.CANDIDATE, digest="d1")
-        assert open_five.read().iteration == Iteration(5, phase=Phase.CANDIDATE, digest="d1")
+class TestSeal:
+    def test_is_done_once(self, open_five: Shared) -> None:
+        assert open_five.seal()
+        assert open_five.read().iteration == Iteration(5, phase=Phase.SEALED, base="b0")
+        assert not open_five.seal()
+
+    def test_needs_the_quorum(self, open_five: Shared) -> None:
+        for fl_id in "ab":
+            open_five.select(fl_id)
+        assert not open_five.seal(quorum=1)
+        open_five.accept("a")
+        assert not open_five.seal(quorum=2)
+        assert open_five.read().iteration.phase is Phase.COLLECTING
+        open_five.accept("b")
+        assert open_five.seal(quorum=2)
+
+    def test_more_than_the_quorum_will_do(self, open_five: Shared) -> None:
+        """More may be counted after Redis has lost data."""
+        open_five.restore("L1", *"abc")
+        assert open_five.seal(quorum=2)
+
+    def test_notes_its_moment(self, open_five: Shared) -> None:
+        open_five.seal()
+        sealed = open_five.moments()["sealedMs"]
+        seconds, micros = (int(part) for part in open_five.command("TIME"))
+        assert 0 <= seconds * 1000 + micros // 1000 - sealed < 20_000
 
     def test_of_many_only_one_wins(self, open_five: Shared) -> None:
-        works = [
-            open_five.state.set_phase(5, 1, Phase.COLLECTING, Phase.SEALED, {"token": f"n{i}"})
-            for i in range(50)
-        ]
-        won = open_five.together(works)
-        assert won.count(True) == 1
-        assert open_five.read().token == f"n{won.index(True)}"
+        assert open_five.together([open_five.state.seal(5, 1, 0) for _ in range(50)]).count(True) == 1
 
-    @pytest.mark.parametrize(
-        "step",
-        [
-            {"number": 4},
-            {"number": 6},
-            {"attempt": 2},
-            {"before": Phase.SEALED},
-            {"before": Phase.CANDIDATE},
-        ],
-    )
-    def test_from_another_state_nothing_changes(self, open_five: Shared, step: dict[str, Any]) -> None:
+    @pytest.mark.parametrize("other", [{"number": 4}, {"number": 6}, {"attempt": 2}, {"attempt": 0}])
+    def test_from_another_state_nothing_changes(self, open_five: Shared, other: dict[str, int]) -> None:
         before = open_five.status()
-        assert not open_five.go(**{"before": Phase.COLLECTING, "after": Phase.REDUCING, **step})
+        assert not open_five.seal(**other)
         assert open_five.status() == before
+
+    @pytest.mark.parametrize("phase", [Phase.REDUCING, Phase.CANDIDATE])
+    def test_there_is_no_way_back(self, open_five: Shared, phase: Phase) -> None:
+        open_five.set_status(phase=phase.value)
+        assert not open_five.seal()
+        assert open_five.read().iteration.phase is phase
 
     @pytest.mark.parametrize("running", [1, 2, 3])
     def test_a_job_that_does_not_run_stays_where_it_is(self, open_five: Shared, running: int) -> None:
         open_five.set_status(runningState=running)
-        assert not open_five.go(Phase.COLLECTING, Phase.SEALED)
+        assert not open_five.seal()
 
     def test_without_a_status_nothing_is_written(self, shared: Shared) -> None:
-        assert not shared.go(Phase.COLLECTING, Phase.SEALED)
+        assert not shared.seal()
+        assert not shared.record("1:node-1")
+        assert shared.claim() is None
+        assert shared.reopen("L1") is None
         assert not shared.advance()
         assert shared.names() == set()
+
+
+class TestCandidate:
+    def test_is_named_once(self, open_five: Shared) -> None:
+        token = open_five.claimed()
+        assert open_five.read().iteration == Iteration(5, phase=Phase.REDUCING, token=token, base="b0")
+        assert open_five.record(token, "d1")
+        assert not open_five.record(token, "d2")
+        assert open_five.read().iteration == Iteration(
+            5, phase=Phase.CANDIDATE, token=token, digest="d1", base="b0"
+        )
+
+    def test_only_by_the_finaliser(self, open_five: Shared) -> None:
+        token = open_five.claimed()
+        before = open_five.status()
+        for other in ("", token.replace("node-1", "node-2"), f"{token} ", "0:node-1"):
+            assert not open_five.record(other)
+        assert open_five.status() == before
+        successor, _ = open_five.claim("node-2", token) or ("", "")
+        assert not open_five.record(token), "it was succeeded"
+        assert open_five.record(successor, "d2")
+
+    def test_not_before_there_is_a_finaliser(self, open_five: Shared) -> None:
+        for token in ("", "1:node-1"):
+            assert not open_five.record(token)
+        open_five.seal()
+        before = open_five.status()
+        for token in ("", "1:node-1"):
+            assert not open_five.record(token)
+        assert open_five.status() == before
+
+    @pytest.mark.parametrize("other", [{"number": 4}, {"number": 6}, {"attempt": 2}, {"attempt": 0}])
+    def test_not_of_another_iteration_or_attempt(self, open_five: Shared, other: dict[str, int]) -> None:
+        token = open_five.claimed()
+        before = open_five.status()
+        assert not open_five.record(token, "d1", **other)
+        assert open_five.status() == before
+
+    @pytest.mark.parametrize("running", [1, 2, 3])
+    def test_not_of_a_job_that_does_not_run(self, open_five: Shared, running: int) -> None:
+        token = open_five.claimed()
+        open_five.set_status(runningState=running)
+        assert not open_five.record(token)
+
+
+class TestFinaliser:
+    @pytest.fixture
+    def sealed(self, open_five: Shared) -> Shared:
+        assert open_five.seal()
+        return open_five
+
+    def test_of_many_only_one_becomes_it(self, sealed: Shared) -> None:
+        answers = sealed.together([sealed.state.claim_reduction(5, 1, "", f"n{i}") for i in range(50)])
+        (winner,) = [i for i, answer in enumerate(answers) if answer is not None]
+        assert answers[winner] == (f"1:n{winner}", "")
+        assert sealed.read().iteration == Iteration(5, phase=Phase.REDUCING, token=f"1:n{winner}", base="b0")
+
+    def test_who_takes_over_names_the_one_who_is_gone(self, sealed: Shared) -> None:
+        first, _ = sealed.claim("node-1") or ("", "")
+        for wrong in ("", "1:node-2", "2:node-1", "node-1", "01:node-1"):
+            assert sealed.claim("node-2", wrong) is None
+        assert sealed.read().iteration.token == first
+        second, _ = sealed.claim("node-2", first) or ("", "")
+        assert sealed.read().iteration == Iteration(5, phase=Phase.REDUCING, token=second, base="b0")
+        assert sealed.claim("node-3", first) is None, "somebody else was faster"
+
+    def test_of_many_heirs_only_one_takes_over(self, sealed: Shared) -> None:
+        first, _ = sealed.claim("node-1") or ("", "")
+        answers = sealed.together([sealed.state.claim_reduction(5, 1, first, f"n{i}") for i in range(50)])
+        assert sum(answer is not None for answer in answers) == 1
+
+    def test_fencing_numbers_never_come_again(self, sealed: Shared) -> None:
+        """Neither after a take-over by the same node, nor in a later attempt or iteration."""
+        tokens = [(sealed.claim("n") or ("", ""))[0]]
+        tokens.append((sealed.claim("n", tokens[-1]) or ("", ""))[0])
+        assert sealed.reopen("L1", phase=Phase.REDUCING, token=tokens[-1]) == 0
+        assert sealed.seal(attempt=2)
+        tokens.append((sealed.claim("n", attempt=2) or ("", ""))[0])
+        assert sealed.advance(attempt=2, phase=Phase.REDUCING, token=tokens[-1])
+        assert sealed.seal(number=6)
+        tokens.append((sealed.claim("n", number=6) or ("", ""))[0])
+        assert tokens == ["1:n", "2:n", "3:n", "4:n"]
+        assert sealed.read().fence == 4
+
+    def test_the_successor_learns_of_the_candidate(self, sealed: Shared) -> None:
+        first, digest = sealed.claim("node-1") or ("", "?")
+        assert digest == ""
+        assert sealed.record(first, "d1")
+        second, digest = sealed.claim("node-2", first) or ("", "")
+        assert digest == "d1"
+        assert sealed.read().iteration == Iteration(
+            5, phase=Phase.CANDIDATE, token=second, digest="d1", base="b0"
+        )
+
+    def test_a_digest_that_is_no_candidate_s_is_not_told(self, sealed: Shared) -> None:
+        sealed.set_status(digest="of nothing")
+        assert sealed.claim() == ("1:node-1", "")
+
+    def test_while_updates_are_collected_there_is_none(self, open_five: Shared) -> None:
+        before = open_five.status()
+        assert open_five.claim() is None
+        assert open_five.status() == before
+
+    @pytest.mark.parametrize("other", [{"number": 4}, {"number": 6}, {"attempt": 2}, {"attempt": 0}])
+    def test_not_of_another_iteration_or_attempt(self, sealed: Shared, other: dict[str, int]) -> None:
+        before = sealed.status()
+        assert sealed.claim(**other) is None  # type: ignore[arg-type]
+        assert sealed.status() == before
+
+    @pytest.mark.parametrize("running", [1, 2, 3])
+    def test_not_of_a_job_that_does_not_run(self, sealed: Shared, running: int) -> None:
+        sealed.set_status(runningState=running)
+        before = sealed.status()
+        assert sealed.claim() is None
+        assert sealed.status() == before
+
+
+class TestReopen:
+    """An iteration goes on without the updates of lost ledgers."""
+
+    @pytest.fixture
+    def ready(self, open_five: Shared) -> Shared:
+        """a and b are counted in L1, c in L2; d has only a place."""
+        for fl_id in "abcd":
+            open_five.select(fl_id, places=4)
+        for fl_id, ledger_id in (("a", "L1"), ("b", "L1"), ("c", "L2")):
+            assert open_five.accept(fl_id, ledger_id=ledger_id, quorum=3)[0] is Acceptance.ACCEPTED
+        return open_five
+
+    def test_the_clients_of_lost_ledgers_are_taken_off(self, ready: Shared) -> None:
+        assert ready.reopen("L1") == 2
+        assert ready.clients().keys() == keys_of("c", "d")
+        assert ready.uploads() == {client_key("c"): "L2"}
+        seen = ready.read().iteration
+        assert (seen.attempt, seen.phase, seen.selected, seen.uploaded) == (2, Phase.COLLECTING, 2, 1)
+
+    def test_they_may_come_again_and_the_others_need_not(self, ready: Shared) -> None:
+        ready.seal()
+        assert ready.reopen("L1", phase=Phase.SEALED) == 2
+        assert ready.accept("a", attempt=2, ledger_id="L2")[0] is Acceptance.UNKNOWN_CLIENT
+        assert ready.select("a", places=4) == (Selection.SELECTED, 3)
+        assert ready.accept("a", attempt=2, ledger_id="L2", quorum=3) == (Acceptance.ACCEPTED, 2, META)
+        assert ready.select("c", places=4)[0] is Selection.UPLOADED
+        assert ready.select("d", places=4)[0] is Selection.KNOWN
+
+    def test_several_ledgers_at_once(self, ready: Shared) -> None:
+        assert ready.reopen("L1", "L2", "L3") == 3
+        assert ready.clients().keys() == keys_of("d")
+        assert ready.uploads() == {}
+        assert {ready.owner(ledger_id) for ledger_id in ("L1", "L2", "L3")} == {keys.REVOKED}
+
+    def test_what_is_lost_is_counted_until_the_iteration_ends(self, ready: Shared) -> None:
+        assert ready.reopen("L1") == 2
+        assert ready.read().iteration.lost == 2
+        assert ready.reopen("L2", attempt=2) == 1
+        assert ready.read().iteration.lost == 3
+        assert ready.advance(attempt=3)
+        assert ready.read().iteration.lost == 0
+
+    def test_an_empty_ledger_costs_nothing(self, ready: Shared) -> None:
+        assert ready.reopen("L3") == 0
+        seen = ready.read().iteration
+        assert (seen.attempt, seen.lost, seen.selected, seen.uploaded) == (2, 0, 4, 3)
+
+    def test_a_revoked_ledger_cannot_be_used_any_more(self, ready: Shared) -> None:
+        ready.reopen("L1")
+        for node_id, before in (("node-1", ""), ("node-1", "node-1"), ("node-2", "node-1"), ("node-2", "")):
+            assert not ready.own("L1", node_id, before)
+        assert ready.owner("L1") == keys.REVOKED
+        assert ready.select("a", places=4)[0] is Selection.SELECTED
+        for attempt in (1, 2):
+            with pytest.raises(LedgerRevoked):
+                ready.accept("a", attempt=attempt, served=False)
+            with pytest.raises(LedgerRevoked):
+                ready.accept("d", attempt=attempt, served=False)
+        assert ready.uploads() == {client_key("c"): "L2"}
+        assert ready.accept("c", attempt=2, ledger_id="L2")[0] is Acceptance.ACCEPTED, "the other one stays"
+
+    def test_the_clocks_stood_still_while_it_was_sealed(self, ready: Shared) -> None:
+        assert ready.seal()
+        sealed = ready.moments()["sealedMs"] - 100_000
+        ready.set_status(startedMs=sealed - 50_000, firstUploadMs=sealed - 20_000, sealedMs=sealed)
+        assert ready.reopen("L1", phase=Phase.SEALED) == 2
+        snapshot = ready.read()
+        assert snapshot.started_ago == pytest.approx(50, abs=10)
+        assert snapshot.first_upload_ago == pytest.approx(20, abs=10)
+        assert snapshot.sealed_ago is None
+        moments = ready.moments()
+        assert moments["firstUploadMs"] - moments["startedMs"] == 30_000
+
+    def test_the_clocks_of_a_collecting_one_go_on(self, ready: Shared) -> None:
+        before = ready.moments()
+        assert before.keys() == {"startedMs", "firstUploadMs"}
+        ready.reopen("L1")
+        assert ready.moments() == before
+
+    def test_a_clock_that_did_not_run_does_not_begin(self, open_five: Shared) -> None:
+        open_five.seal()
+        assert open_five.reopen("L1", phase=Phase.SEALED) == 0
+        assert open_five.moments() == {}
+
+    def test_the_finaliser_and_its_candidate_are_forgotten(self, ready: Shared) -> None:
+        token = ready.claimed()
+        ready.record(token, "d1")
+        assert ready.reopen("L1", phase=Phase.CANDIDATE, token=token) == 2
+        assert ready.status() == {
+            "iterationNum": "5",
+            "lastIterationSuccess": "1",
+            "lastIterationResult": "fine",
+            "runningState": "0",
+            "attempt": "2",
+            "phase": "collecting",
+            "base": "b0",
+            "fence": "1",
+            "lost": "2",
+        }
+        assert not ready.advance(phase=Phase.CANDIDATE, token=token, base="d1"), "it is too late"
+        assert not ready.advance(attempt=2, phase=Phase.CANDIDATE, token=token)
+
+    def test_of_many_only_one_wins(self, ready: Shared) -> None:
+        works = [
+            ready.state.reopen(5, 1, phase=Phase.COLLECTING, token="", ledgers=["L1"]) for _ in range(50)
+        ]
+        assert sorted(ready.together(works), key=str) == [2, *[None] * 49]
+        assert ready.read().iteration.attempt == 2
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"number": 4},
+            {"number": 6},
+            {"attempt": 2},
+            {"phase": Phase.COLLECTING},
+            {"phase": Phase.SEALED},
+            {"token": ""},
+            {"token": "2:node-1"},
+        ],
+    )
+    def test_from_another_state_nothing_changes(self, ready: Shared, other: dict[str, Any]) -> None:
+        token = ready.claimed()
+        before = ready.status(), ready.clients(), ready.uploads()
+        assert ready.reopen("L1", **{"phase": Phase.REDUCING, "token": token, **other}) is None
+        assert (ready.status(), ready.clients(), ready.uploads()) == before
+        assert ready.owner("L1") == "node-1"
+
+    @pytest.mark.parametrize("running", [1, 2, 3])
+    def test_not_of_a_job_that_does_not_run(self, ready: Shared, running: int) -> None:
+        ready.set_status(runningState=running)
+        assert ready.reopen("L1") is None
+        assert ready.owner("L1") == "node-1"
+
+    def test_the_list_of_owners_does_not_stay_for_ever(self, open_five: Shared) -> None:
+        """Redis may have forgotten the list."""
+        assert open_five.reopen("L1") == 0
+        assert open_five.ttl(open_five.state.keys.ledgers) == pytest.approx(JOB_TTL, abs=2)
 
 
 class TestAdvance:
@@ -755,9 +1177,10 @@ class TestAdvance:
     def test_opens_the_next_iteration(self, open_five: Shared, success: bool) -> None:
         open_five.select("a")
         open_five.accept("a")
-        open_five.go(Phase.COLLECTING, Phase.CANDIDATE, token="node-1", digest="d1")
+        token = open_five.claimed()
+        open_five.record(token, "d1")
         open_five.command("EXPIRE", open_five.state.keys.status, 9)
-        assert open_five.advance(phase=Phase.CANDIDATE, success=success, result="why")
+        assert open_five.advance(phase=Phase.CANDIDATE, success=success, result="why", token=token)
         assert open_five.status() == {
             "iterationNum": "6",
             "lastIterationSuccess": "1" if success else "0",
@@ -765,7 +1188,10 @@ class TestAdvance:
             "runningState": "0",
             "attempt": "1",
             "phase": "collecting",
+            "base": "b0",
+            "fence": "1",
         }
+        assert open_five.moments() == {}
         assert open_five.ttl(open_five.state.keys.status) == pytest.approx(JOB_TTL, abs=2)
         for key in (open_five.state.keys.clients(5), open_five.state.keys.uploads(5)):
             assert open_five.ttl(key) == pytest.approx(keys.RELEASE_TTL_S, abs=2)
@@ -798,14 +1224,449 @@ class TestAdvance:
         assert open_five.status() == before
         assert open_five.advance(phase=phase, success=False)
 
+    def test_only_the_finaliser_may_publish(self, open_five: Shared) -> None:
+        token = open_five.claimed()
+        before = open_five.status()
+        for other in ("", "1:node-2", f"{token}0"):
+            assert not open_five.advance(phase=Phase.REDUCING, token=other, base="b1")
+        assert open_five.status() == before
+        assert open_five.advance(phase=Phase.REDUCING, token=token, base="b1")
+
+    def test_without_a_finaliser_no_token_is_one(self, open_five: Shared) -> None:
+        assert not open_five.advance(token="1:node-1")
+        assert open_five.advance()
+
+    def test_the_new_model_is_named_or_the_one_before_stays(self, open_five: Shared) -> None:
+        assert open_five.advance(success=False)
+        assert open_five.read().iteration.base == "b0"
+        assert open_five.advance(number=6, base="b1")
+        assert open_five.read().iteration.base == "b1"
+        assert open_five.advance(number=7, success=False)
+        assert open_five.read().iteration.base == "b1"
+
+    def test_revoked_ledgers_are_forgotten_and_no_others(self, open_five: Shared) -> None:
+        for ledger_id in ("L1", "L2"):
+            open_five.serve(ledger_id, OWNERS[ledger_id])
+        open_five.reopen("L1", "L3")
+        assert open_five.advance(attempt=2)
+        assert [open_five.owner(ledger_id) for ledger_id in ("L1", "L2", "L3")] == ["", "node-1", ""]
+
     def test_the_last_one_finishes_the_job(self, open_five: Shared) -> None:
         assert open_five.advance(finishes=True)
-        assert open_five.read().iteration == Iteration(6, running=RunningState.FINISH)
+        assert open_five.read().iteration == Iteration(6, running=RunningState.FINISH, base="b0")
 
     def test_a_disabled_job_stays_disabled(self, open_five: Shared) -> None:
         open_five.set_status(runningState=1)
         assert open_five.advance(success=False)
-        assert open_five.read().iteration == Iteration(6, running=RunningState.DISABLE)
+        assert open_five.read().iteration == Iteration(6, running=RunningState.DISABLE, base="b0")
+
+
+def known(iteration: Iteration, **details: Any) -> Snapshot:
+    """What a server remembers of the shared state."""
+    given = {"started_ago": None, "first_upload_ago": None, "sealed_ago": None, "fence": 0, "epoch": 0}
+    return Snapshot(iteration, **{**given, "success": True, "result": "fine", **details})
+
+
+class TestRaise:
+    """A server brings back what Redis has forgotten, and never anything else."""
+
+    def bring(self, shared: Shared, snapshot: Snapshot) -> Raised:
+        return shared.run(shared.state.raise_to(snapshot))  # type: ignore[no-any-return]
+
+    def test_all_of_it(self, shared: Shared) -> None:
+        iteration = Iteration(
+            5, 2, Phase.CANDIDATE, token="7:node-1", digest="d1", base="b0", lost=3, interrupted=True
+        )
+        remembered = known(iteration, fence=7, epoch=2, success=False, result="why: ü")
+        assert self.bring(shared, remembered) is Raised.RAISED
+        assert shared.look() == Look("i_1", remembered)
+        for key in (keys.instance_name(shared.state.keys.fl_name), shared.state.keys.status):
+            assert shared.ttl(key) == pytest.approx(JOB_TTL, abs=2)
+        assert self.bring(shared, remembered) is Raised.KEPT, "again, it changes nothing"
+        assert shared.look() == Look("i_1", remembered)
+
+    @pytest.mark.parametrize("running", RunningState)
+    def test_whether_the_job_runs(self, shared: Shared, running: RunningState) -> None:
+        assert self.bring(shared, known(Iteration(5, running=running))) is Raised.RAISED
+        assert shared.read().iteration == Iteration(5, running=running)
+
+    def test_what_was_not_known_is_not_made_up(self, shared: Shared) -> None:
+        self.bring(shared, known(Iteration(5)))
+        assert shared.status() == {
+            "iterationNum": "5",
+            "attempt": "1",
+            "phase": "collecting",
+            "epoch": "0",
+            "fence": "0",
+            "lastIterationSuccess": "1",
+            "lastIterationResult": "fine",
+            "runningState": "0",
+            "base": "",
+            "lost": "0",
+        }
+        assert shared.moments() == {}
+
+    def test_how_long_ago_things_were(self, shared: Shared) -> None:
+        remembered = known(
+            Iteration(5, phase=Phase.SEALED), started_ago=100.0, first_upload_ago=60.5, sealed_ago=30.25
+        )
+        assert self.bring(shared, remembered) is Raised.RAISED
+        snapshot = shared.read()
+        assert snapshot.started_ago == pytest.approx(100, abs=10)
+        assert snapshot.first_upload_ago == pytest.approx(60, abs=10)
+        assert snapshot.sealed_ago == pytest.approx(30, abs=10)
+        moments = shared.moments()
+        assert moments["sealedMs"] - moments["startedMs"] == 69_750
+        assert moments["firstUploadMs"] - moments["startedMs"] == 39_500
+
+    @pytest.mark.parametrize(
+        ("there", "here", "outcome"),
+        [
+            ((5, 1, Phase.COLLECTING), (5, 1, Phase.COLLECTING), Raised.KEPT),
+            ((5, 1, Phase.COLLECTING), (6, 1, Phase.COLLECTING), Raised.RAISED),
+            ((5, 1, Phase.COLLECTING), (10, 1, Phase.COLLECTING), Raised.RAISED),
+            ((5, 1, Phase.COLLECTING), (5, 2, Phase.COLLECTING), Raised.RAISED),
+            ((5, 1, Phase.COLLECTING), (5, 1, Phase.SEALED), Raised.RAISED),
+            ((5, 1, Phase.SEALED), (5, 1, Phase.REDUCING), Raised.RAISED),
+            ((5, 1, Phase.REDUCING), (5, 1, Phase.CANDIDATE), Raised.RAISED),
+            ((5, 9, Phase.CANDIDATE), (6, 1, Phase.COLLECTING), Raised.RAISED),
+            ((5, 9, Phase.CANDIDATE), (5, 10, Phase.COLLECTING), Raised.RAISED),
+            ((6, 1, Phase.COLLECTING), (5, 9, Phase.CANDIDATE), Raised.KEPT),
+            ((10, 1, Phase.COLLECTING), (9, 1, Phase.COLLECTING), Raised.KEPT),
+            ((5, 10, Phase.COLLECTING), (5, 9, Phase.CANDIDATE), Raised.KEPT),
+            ((5, 1, Phase.SEALED), (5, 1, Phase.COLLECTING), Raised.KEPT),
+            ((5, 1, Phase.CANDIDATE), (5, 1, Phase.REDUCING), Raised.KEPT),
+            ((5, 1, Phase.CANDIDATE), (5, 1, Phase.CANDIDATE), Raised.KEPT),
+        ],
+    )
+    def test_who_is_further_on_counts(
+        self,
+        open_five: Shared,
+        there: tuple[int, int, Phase],
+        here: tuple[int, int, Phase],
+        outcome: Raised,
+    ) -> None:
+        number, attempt, phase = there
+        open_five.set_status(iterationNum=number, attempt=attempt, phase=phase.value)
+        before = open_five.read()
+        remembered = known(Iteration(*here, base="b7"), fence=3)
+        assert (replace(remembered.iteration, base="b0").rank > before.iteration.rank) is (
+            outcome is Raised.RAISED
+        )
+        assert self.bring(open_five, remembered) is outcome
+        assert open_five.read() == (remembered if outcome is Raised.RAISED else replace(before, fence=3))
+        assert open_five.look().instance == "i_1", "the name is there again in any case"
+
+    def test_of_what_was_behind_nothing_is_left(self, open_five: Shared) -> None:
+        """A digest and a token of an attempt that is over would be taken for those of the next."""
+        token = open_five.claimed()
+        open_five.record(token, "d1")
+        assert open_five.moments()
+        assert self.bring(open_five, known(Iteration(6, base="d1"), fence=1)) is Raised.RAISED
+        assert open_five.read() == known(Iteration(6, base="d1"), fence=1)
+        assert open_five.moments() == {}
+
+    @pytest.mark.parametrize(("there", "here", "after"), [(3, 9, 9), (9, 3, 9), (0, 0, 0), (10, 9, 10)])
+    def test_the_number_of_tokens_never_falls(
+        self, open_five: Shared, there: int, here: int, after: int
+    ) -> None:
+        open_five.set_status(fence=there)
+        assert self.bring(open_five, known(Iteration(6), fence=here)) is Raised.RAISED
+        assert open_five.read().fence == after
+        assert open_five.seal(number=6)
+        assert open_five.claim(number=6) == (f"{after + 1}:node-1", "")
+
+    def test_a_status_of_the_original_is_judged_by_its_number(self, shared: Shared) -> None:
+        shared.set_status(iterationNum=5, lastIterationSuccess=1, lastIterationResult="", runningState=0)
+        assert self.bring(shared, known(Iteration(5))) is Raised.KEPT
+        assert self.bring(shared, known(Iteration(5, phase=Phase.SEALED))) is Raised.RAISED
+
+    # ---- other instances
+
+    @pytest.mark.parametrize("epoch", [3, 11])
+    def test_a_newer_instance_counts(self, open_five: Shared, epoch: int) -> None:
+        newer = open_five.another("i_2")
+        newer.create(1)
+        newer.set_status(epoch=epoch)
+        newer.name("i_2")
+        before = open_five.status(), newer.status()
+        assert self.bring(open_five, known(Iteration(9), epoch=2)) is Raised.NEWER
+        assert (open_five.status(), newer.status()) == before
+        assert open_five.look().instance == "i_2"
+
+    @pytest.mark.parametrize("epoch", [None, 0, 1])
+    def test_an_older_one_does_not_count(self, shared: Shared, epoch: int | None) -> None:
+        """It came up again because Redis had forgotten what came after it."""
+        older = shared.another("i_0")
+        older.create(99)
+        if epoch is not None:
+            older.set_status(epoch=epoch)
+        older.name("i_0")
+        assert self.bring(shared, known(Iteration(2), epoch=2)) is Raised.RAISED
+        assert shared.look() == Look("i_1", known(Iteration(2), epoch=2))
+        assert older.read().iteration.number == 99
+
+    def test_of_two_made_at_the_same_time_the_one_that_is_named_first_stays(self, shared: Shared) -> None:
+        """Else their servers would take the name from each other for ever."""
+        first, second = shared.another("i_1"), shared.another("i_2")
+        for instance, named in ((first, "i_2"), (second, "i_1")):
+            instance.create(5)
+            instance.name(named)
+        assert self.bring(second, known(Iteration(9))) is Raised.NEWER
+        first.name("i_2")
+        assert self.bring(first, known(Iteration(5))) is Raised.KEPT
+        assert shared.look().instance == "i_1"
+        assert self.bring(second, known(Iteration(9))) is Raised.NEWER
+        assert shared.look().instance == "i_1"
+
+    def test_a_name_without_a_status_is_a_newer_one(self, open_five: Shared) -> None:
+        """So a scheduler of the original begins one: its servers write the status afterwards."""
+        open_five.name("i_2")
+        assert self.bring(open_five, known(Iteration(9), epoch=2)) is Raised.NEWER
+        assert open_five.look().instance == "i_2"
+        open_five.another("i_2").set_status(runningState=1)
+        assert self.bring(open_five, known(Iteration(9), epoch=2)) is Raised.NEWER
+
+    def test_a_name_that_is_missing_is_brought_back_with_or_without_the_status(
+        self, open_five: Shared
+    ) -> None:
+        assert open_five.look().instance == ""
+        before = open_five.status()
+        assert self.bring(open_five, known(Iteration(5))) is Raised.KEPT
+        assert open_five.look().instance == "i_1"
+        assert open_five.status() == before
+
+    def test_the_order_in_which_servers_do_it_does_not_matter(
+        self, loop: ReactorThread, redis: Redis
+    ) -> None:
+        steps = [
+            known(Iteration(5, attempt, phase), fence=attempt)
+            for attempt in (1, 2)
+            for phase in list(Phase)[:2]
+        ]
+        ends = set()
+        for order in itertools.permutations(steps):
+            shared = fresh(loop, redis)
+            shared.together([shared.state.raise_to(step) for step in order])
+            ends.add(repr(shared.look()))
+        assert ends == {repr(Look("i_1", steps[-1]))}
+
+
+class TestRestoreClients:
+    def test_places_and_updates_come_back(self, open_five: Shared) -> None:
+        assert open_five.restore("L1", "a", "b") == 2
+        assert open_five.clients() == dict.fromkeys(keys_of("a", "b"), META)
+        assert open_five.uploads() == dict.fromkeys(keys_of("a", "b"), "L1")
+        assert open_five.owner("L1") == "node-1"
+        seen = open_five.read().iteration
+        assert (seen.selected, seen.uploaded) == (2, 2)
+        for key in (open_five.state.keys.clients(5), open_five.state.keys.uploads(5)):
+            assert open_five.ttl(key) == pytest.approx(ITERATION_TTL, abs=2)
+        assert open_five.ttl(open_five.state.keys.ledgers) == pytest.approx(JOB_TTL, abs=2)
+
+    def test_then_they_count_as_before(self, open_five: Shared) -> None:
+        open_five.restore("L1", "a")
+        assert open_five.select("a")[0] is Selection.UPLOADED
+        assert open_five.accept("a") == (Acceptance.ACCEPTED, 1, META)
+        assert open_five.accept("a", ledger_id="L0")[0] is Acceptance.REPEATED
+        assert open_five.counted("L1", "a") == {"a": META}
+
+    def test_a_place_alone(self, open_five: Shared) -> None:
+        assert open_five.restore("", "a", "b") == 0
+        assert open_five.clients().keys() == keys_of("a", "b")
+        assert open_five.uploads() == {}
+        assert not open_five.command("EXISTS", open_five.state.keys.ledgers)
+        assert open_five.select("a")[0] is Selection.KNOWN
+        assert open_five.accept("a")[0] is Acceptance.ACCEPTED
+
+    def test_what_is_known_never_changes(self, open_five: Shared) -> None:
+        for fl_id in "ab":
+            open_five.select(fl_id)
+        open_five.accept("a")
+        other = ClientMeta(1, 1, 1)
+        assert open_five.restore("L1", "a", "b", "c", meta=other) == 2
+        assert open_five.clients() == {
+            client_key("a"): META,
+            client_key("b"): META,
+            client_key("c"): other,
+        }
+        assert open_five.restore("L0", "a", "b", "c", "d", node_id="node-2", meta=other) == 1
+        assert open_five.uploads() == {
+            **dict.fromkeys(keys_of("a", "b", "c"), "L1"),
+            client_key("d"): "L0",
+        }
+        assert open_five.restore("L1", "a", "b", "c") == 0, "again, it changes nothing"
+
+    def test_of_nobody(self, open_five: Shared) -> None:
+        assert open_five.restore("L1") == 0
+        assert open_five.owner("L1") == "node-1"
+        assert open_five.restore("") == 0
+
+    def test_beyond_the_quorum_and_the_places(self, open_five: Shared) -> None:
+        """They were counted, and devices know it."""
+        fl_ids = [f"c{i}" for i in range(50)]
+        assert open_five.restore("L1", *fl_ids) == 50
+        assert open_five.read().iteration.uploaded == 50
+        assert open_five.select("x")[0] is Selection.FULL
+
+    @pytest.mark.parametrize("number", [4, 6])
+    def test_of_another_iteration_nothing_comes_back(self, open_five: Shared, number: int) -> None:
+        before = open_five.names()
+        for ledger_id in ("L1", ""):
+            with pytest.raises(IterationMoved):
+                open_five.restore(ledger_id, "a", number=number)
+        assert open_five.names() == before
+
+    def test_without_a_status_nothing_comes_back(self, shared: Shared) -> None:
+        with pytest.raises(IterationMoved):
+            shared.restore("L1", "a")
+        assert shared.names() == set()
+
+    @pytest.mark.parametrize("owner", ["node-2", keys.REVOKED])
+    def test_of_a_ledger_that_is_another_s_or_nobody_s(self, open_five: Shared, owner: str) -> None:
+        open_five.own("L1", owner)
+        assert open_five.restore("L1", "a") is None
+        assert (open_five.clients(), open_five.uploads(), open_five.owner("L1")) == ({}, {}, owner)
+
+    @pytest.mark.parametrize("phase", [Phase.COLLECTING, Phase.SEALED, Phase.REDUCING])
+    def test_as_long_as_there_is_no_model(self, open_five: Shared, phase: Phase) -> None:
+        open_five.set_status(phase=phase.value, runningState=1, attempt=4)
+        assert open_five.restore("L1", "a") == 1
+
+    def test_not_once_the_model_is_made(self, open_five: Shared) -> None:
+        """What counts then is what is in it."""
+        open_five.set_status(phase=Phase.CANDIDATE.value)
+        for ledger_id in ("L1", ""):
+            with pytest.raises(IterationMoved):
+                open_five.restore(ledger_id, "a")
+        assert (open_five.clients(), open_five.uploads(), open_five.owner("L1")) == ({}, {}, "")
+
+
+def test_an_interruption_can_be_forgotten(open_five: Shared) -> None:
+    open_five.set_status(disabled=1, runningState=1)
+    assert open_five.read().iteration.interrupted
+    for _ in range(2):
+        open_five.run(open_five.state.forget_interruption())
+        assert open_five.read().iteration == Iteration(5, running=RunningState.DISABLE, base="b0")
+
+
+class TestRebase:
+    """Nobody has the model any more that the shared state names."""
+
+    def rebase(
+        self, shared: Shared, before: str, after: str, number: int = 5, finishes: bool = False
+    ) -> Rebased:
+        return shared.run(shared.rebasing(before, after, number, finishes))  # type: ignore[no-any-return]
+
+    def test_one_of_many_names_another(self, open_five: Shared) -> None:
+        words = open_five.together([open_five.rebasing("b0", f"b{i}") for i in range(1, 51)])
+        assert (words.count(Rebased.REBASED), words.count(Rebased.OTHER)) == (1, 49)
+        assert open_five.read().iteration == Iteration(5, base=f"b{words.index(Rebased.REBASED) + 1}")
+
+    def test_who_knows_an_older_one_does_not(self, open_five: Shared) -> None:
+        for before in ("", "b", "b1"):
+            assert self.rebase(open_five, before, "b9") is Rebased.OTHER
+        assert open_five.read().iteration == Iteration(5, base="b0")
+
+    @pytest.mark.parametrize("number", [4, 6])
+    def test_in_another_iteration_it_stays(self, open_five: Shared, number: int) -> None:
+        assert self.rebase(open_five, "b0", "b1", number) is Rebased.OTHER
+        assert open_five.read().iteration == Iteration(5, base="b0")
+
+    @pytest.mark.parametrize("finishes", [False, True])
+    def test_an_iteration_whose_clients_train_from_it_ends(self, open_five: Shared, finishes: bool) -> None:
+        open_five.select("a")
+        open_five.accept("a")
+        open_five.reopen("L2")
+        token = (open_five.seal(attempt=2), open_five.claim(attempt=2))[1]
+        assert token is not None
+        assert open_five.record(token[0], attempt=2)
+        assert self.rebase(open_five, "b0", "b1", finishes=finishes) is Rebased.ENDED
+        assert open_five.status() == {
+            "iterationNum": "6",
+            "lastIterationSuccess": "0",
+            "lastIterationResult": "the model is gone",
+            "runningState": "2" if finishes else "0",
+            "attempt": "1",
+            "phase": "collecting",
+            "base": "b1",
+            "fence": "1",
+        }
+        assert open_five.moments() == {}
+
+    def test_a_sealed_iteration_without_clients_ends_too(self, open_five: Shared) -> None:
+        """Its finaliser sums for the model that is gone."""
+        open_five.seal()
+        assert self.rebase(open_five, "b0", "b1") is Rebased.ENDED
+        assert open_five.read().iteration == Iteration(6, base="b1")
+
+    def test_without_a_status_nothing_is_written(self, shared: Shared) -> None:
+        assert self.rebase(shared, "", "b1") is Rebased.OTHER
+        assert shared.names() == set()
+
+    def test_where_none_is_named(self, shared: Shared) -> None:
+        shared.set_status(iterationNum=5)
+        assert self.rebase(shared, "", "b1") is Rebased.REBASED
+        assert shared.read().iteration.base == "b1"
+        assert self.rebase(shared, "", "b2") is Rebased.OTHER
+
+
+class TestNotices:
+    """Every change of the status is told at once."""
+
+    @pytest.fixture
+    def heard(self, open_five: Shared, shared_server: PrivateRedis) -> Iterator[list[bytes]]:
+        words: list[bytes] = []
+        endpoint = TCP4ClientEndpoint(open_five.loop.reactor, "127.0.0.1", shared_server.port, timeout=3)
+
+        def start() -> Notices:
+            notices = Notices(
+                endpoint, "redis", words.append, reply_timeout=5.0, reactor=open_five.loop.reactor
+            )
+            notices.follow(keys.changes(open_five.state.keys.fl_name))
+            notices.startService()
+            return notices
+
+        notices = open_five.loop.call(start)
+        wait_until(lambda: words == [b""], "a subscription", 20.0)
+        words.clear()
+        yield words
+        open_five.loop.call(notices.stopService)
+
+    def after(self, shared: Shared, heard: list[bytes]) -> list[bytes]:
+        """What was heard so far."""
+        shared.command("PUBLISH", keys.changes(shared.state.keys.fl_name), "the end")
+        wait_until(lambda: b"the end" in heard, "the last notice", 20.0)
+        words = heard[: heard.index(b"the end")]
+        heard.clear()
+        return words
+
+    def test_of_a_whole_iteration(self, open_five: Shared, heard: list[bytes]) -> None:
+        token = open_five.claimed()
+        assert open_five.record(token, "d1")
+        assert open_five.advance(phase=Phase.CANDIDATE, token=token, base="d1")
+        assert self.after(open_five, heard) == [b"sealed", b"advanced"]
+
+    def test_of_what_goes_wrong(self, open_five: Shared, heard: list[bytes]) -> None:
+        assert open_five.reopen("L1") == 0
+        assert open_five.run(open_five.rebasing("b0", "b1")) is Rebased.REBASED
+        open_five.run(open_five.state.announce_release())
+        assert self.after(open_five, heard) == [b"reopened", b"rebased", b"released"]
+
+    def test_what_did_not_happen_is_not_told(self, open_five: Shared, heard: list[bytes]) -> None:
+        assert not open_five.seal(quorum=1)
+        assert open_five.reopen("L1", attempt=2) is None
+        assert not open_five.advance(number=6)
+        assert open_five.run(open_five.rebasing("b1", "b2")) is Rebased.OTHER
+        assert self.after(open_five, heard) == []
+
+    def test_other_jobs_are_not_heard(
+        self, open_five: Shared, heard: list[bytes], loop: ReactorThread, redis: Redis
+    ) -> None:
+        other = fresh(loop, redis)
+        other.create()
+        assert other.advance()
+        assert self.after(open_five, heard) == []
 
 
 class TestNodes:
@@ -868,17 +1729,30 @@ class TestJob:
         assert shared.ttl(keys.instance_name(job)) == pytest.approx(77, abs=2)
 
     def test_the_first_server_names_the_hyper_parameters(self, shared: Shared) -> None:
-        assert shared.run(shared.state.hyper_parameters()) is None
+        def text() -> Any:
+            return shared.run(hyper_parameters_text(shared.redis, shared.state.keys.fl_name, "i_1"))
+
+        assert text() is None
         shared.run(shared.state.offer_hyper_parameters({"b": 0.1, "a": "ü"}))
         shared.run(shared.state.offer_hyper_parameters({"b": 2}))
-        assert shared.run(shared.state.hyper_parameters()) == {"a": "ü", "b": 0.1}
+        assert json.loads(text()) == {"a": "ü", "b": 0.1}
         assert shared.ttl(shared.state.keys.hyper_params) == pytest.approx(JOB_TTL, abs=2)
+
+    def test_the_first_server_describes_the_model(self, shared: Shared) -> None:
+        texts = shared.together([shared.state.offer_model_info(f"model {i}") for i in range(50)])
+        assert set(texts) == {texts[0]}
+        assert texts[0].startswith(b"model ")
+        assert shared.another("i_2").run(shared.state.offer_model_info("other")) == texts[0], (
+            "it is the job's"
+        )
+        assert shared.ttl(keys.model_info(shared.state.keys.fl_name)) == pytest.approx(JOB_TTL, abs=2)
 
     def test_every_key_is_one_of_the_documented(self, shared: Shared) -> None:
         job = shared.state.keys.fl_name
         shared.run(claim_instance(shared.redis, job, "i_1", 100))
         shared.create()
         shared.run(shared.state.offer_hyper_parameters({}))
+        shared.run(shared.state.offer_model_info("[]"))
         shared.run(shared.state.heartbeat("server", "n", "addr"))
         shared.run(shared.state.heartbeat("worker", "w", "w"))
         shared.select("a", places=1)
@@ -886,6 +1760,7 @@ class TestJob:
         shared.accept("a", node_id="n")
         assert shared.names() == {
             f"ms_fl:{job}:InstanceName:String",
+            f"ms_fl:{job}:ModelInfo:String",
             f"ms_fl:{job}:i_1:status:Hash",
             f"ms_fl:{job}:i_1:hyperParams:String",
             f"ms_fl:{job}:i_1:server:Hash",
@@ -920,7 +1795,7 @@ class TestConnection:
             own_server.start()
             loop.run(redis.connected())
             assert redis.available
-            assert loop.run(redis.command("PING")) == "PONG"
+            assert loop.run(redis.command("PING")) == b"PONG"
 
     def test_data_survive_a_restart(self, loop: ReactorThread, own_server: PrivateRedis) -> None:
         with redis_client(loop, own_server.port) as redis:
@@ -929,7 +1804,7 @@ class TestConnection:
             shared.create()
             shared.select("a")
             shared.accept("a")
-            shared.go(Phase.COLLECTING, Phase.SEALED)
+            shared.seal()
             before = shared.read()
             own_server.restart(keep=True)
             with pytest.raises(StoreUnavailable):
@@ -938,7 +1813,9 @@ class TestConnection:
             loop.run(redis.connected())
             after = shared.read()
             assert (
-                after.iteration == before.iteration == Iteration(5, 1, Phase.SEALED, selected=1, uploaded=1)
+                after.iteration
+                == before.iteration
+                == Iteration(5, 1, Phase.SEALED, selected=1, uploaded=1, base="b0")
             )
             assert after.started_ago >= before.started_ago
             assert shared.accept("a") == (Acceptance.ACCEPTED, 1, META)
@@ -957,7 +1834,7 @@ class TestConnection:
             with pytest.raises(StateMissing):
                 shared.accept("a")
             assert shared.create(6)
-            assert shared.read().iteration == Iteration(6)
+            assert shared.read().iteration == Iteration(6, base="b0")
 
     def test_forgotten_scripts_are_sent_again(self, loop: ReactorThread, own_server: PrivateRedis) -> None:
         with redis_client(loop, own_server.port) as redis:
@@ -983,7 +1860,7 @@ class TestConnection:
                 assert len(errors) == 20
                 assert not redis.available
             loop.run(redis.connected())
-            assert shared.read().iteration == Iteration(5)
+            assert shared.read().iteration == Iteration(5, base="b0")
 
     def test_who_asks_until_it_is_answered_does_not_block_the_reactor(
         self, loop: ReactorThread, own_server: PrivateRedis
@@ -1052,7 +1929,7 @@ class TestConnection:
         with pytest.raises(StoreUnavailable, match="WRONGTYPE"):
             shared.select("a")
         assert shared.redis.available
-        assert shared.command("PING") == "PONG"
+        assert shared.command("PING") == b"PONG"
 
     def test_stopping_ends_what_is_under_way(self, loop: ReactorThread, own_server: PrivateRedis) -> None:
         with redis_client(loop, own_server.port) as redis:

@@ -1,42 +1,63 @@
-"""A cluster in a nutshell: the shared state, servers around ``core.iteration.step``, and what may go wrong.
+"""The shared state of a job in Python: what the scripts of ``fedcore.store`` say in Lua.
 
-``SharedState`` says in Python what the scripts of ``fedcore.store`` say in Lua; tests/integration/test_store_model.py
-holds the two against each other. ``Server`` is the shell of one server as the machine expects it: it performs effects
-one after another, asks again what was not answered, and looks at the shared state when it has lost track.
+tests/integration/test_store_model.py holds the two against each other. Every method is one atomic step and is named
+after its script. ``SharedState`` is one instance of a job, ``Store`` all of Redis: the instances, the name of the
+current one, and what Redis may do to them (lose its newest writes, or everything).
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Enum
-from typing import TypeVar
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
-from fedcore.core import iteration as core
-from fedcore.core.iteration import Iteration, Phase, Policy
+from fedcore.core.client_key import client_key
+from fedcore.core.iteration import Iteration, Phase
 from fedcore.core.job import RunningState
+from fedcore.store.keys import HEARTBEAT_TTL_S, REVOKED
 
-T = TypeVar("T")
+key_of = lru_cache(client_key)
+RUNNING = RunningState.RUNNING
 
 
-# ---- the shared state
-
-
-@dataclass
+@dataclass(slots=True)
 class Status:
-    """The status hash."""
+    """The status hash; moments by the clock of the shared state."""
 
     number: int
     attempt: int = 1
     phase: Phase = Phase.COLLECTING
-    running: RunningState = RunningState.RUNNING
+    running: RunningState = RUNNING
     success: bool = True
     result: str = ""
     token: str = ""
     digest: str = ""
+    base: str = ""
+    fence: int = 0
+    epoch: int = 0
+    lost: int = 0
+    disabled: bool = False
     started: float | None = None
     first_upload: float | None = None
+    sealed: float | None = None
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """How far the iteration has come, as ``core.iteration.Iteration.rank``."""
+        return self.number, self.attempt, _RANKS[self.phase]
+
+    def next(self, success: bool, result: str) -> None:
+        """Begin the next iteration; what belongs to the one before is forgotten."""
+        self.number, self.success, self.result = self.number + 1, success, result
+        self.attempt, self.phase = 1, Phase.COLLECTING
+        self.token = self.digest = ""
+        self.started = self.first_upload = self.sealed = None
+        self.lost = 0
+
+
+_RANKS = {phase: rank for rank, phase in enumerate(Phase)}
+_FIELDS = tuple(field.name for field in fields(Status))
 
 
 @dataclass(frozen=True)
@@ -48,67 +69,125 @@ class Reserve:
     after: float
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What ``read`` tells: ``fedcore.store.cluster_state.Snapshot`` with moments instead of ages."""
+
+    iteration: Iteration
+    started: float | None
+    first_upload: float | None
+    sealed: float | None
+    fence: int
+    epoch: int
+    success: bool
+    result: str
+
+
 class SharedState:
-    """What Redis holds of one job; every method is one atomic step.
+    """What Redis holds of one instance of a job.
 
     Attributes:
-        owners: ledger id -> node id.
-        leases: ids of the servers whose heartbeat has not run out.
-        completed: iteration -> when its quorum was reached; only the tests look at it.
+        owners: ledger id -> node id, or "revoked".
+        leases: node id -> when its heartbeat runs out.
+        completed: iteration -> when its quorum was reached; only tests look at it.
+        told: called with each word that goes over the channel of the job's changes.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        told: Callable[[str], object] = lambda word: None,
+        lease: float = 0.0,
+    ) -> None:
+        """Begin empty.
+
+        Args:
+            clock: now, in any unit.
+            told: hears the notices.
+            lease: lifetime of a heartbeat in that unit; 0: for ever, until the node leaves.
+        """
         self.clock = clock
+        self.told = told
+        self.lease = lease or float("inf")
         self.status: Status | None = None
         self.clients: dict[int, dict[str, str]] = {}
         self.uploads: dict[int, dict[str, str]] = {}
         self.waiting: dict[str, float] = {}
         self.owners: dict[str, str] = {}
-        self.leases: set[str] = set()
+        self.leases: dict[str, float] = {}
         self.completed: dict[int, float] = {}
 
-    def create(self, number: int, success: bool, result: str, running: RunningState) -> bool:
-        """create_status.lua"""
+    def copy(self) -> SharedState:
+        """Return the same state, apart."""
+        other = copy.copy(self)
+        other.status = None if self.status is None else replace(self.status)
+        other.clients = {number: dict(clients) for number, clients in self.clients.items()}
+        other.uploads = {number: dict(uploads) for number, uploads in self.uploads.items()}
+        for name in ("waiting", "owners", "leases", "completed"):
+            setattr(other, name, dict(getattr(self, name)))
+        return other
+
+    # ---- the whole
+
+    def create_status(
+        self, number: int, success: bool, result: str, running: RunningState, base: str = ""
+    ) -> bool:
         if self.status is not None:
             return False
-        self.status = Status(number, success=success, result=result, running=running)
+        self.status = Status(number, success=success, result=result, running=running, base=base)
         return True
 
-    def read(self) -> tuple[Status, int, int] | None:
-        """read_status.lua: the status, the clients and the uploads of its iteration."""
-        if self.status is None:
+    def read_status(self) -> Seen | None:
+        """The part of read_status.lua that is about this instance."""
+        s = self.status
+        if s is None:
             return None
-        number = self.status.number
-        return replace(self.status), len(self.clients.get(number, ())), len(self.uploads.get(number, ()))
+        iteration = Iteration(
+            s.number,
+            s.attempt,
+            s.phase,
+            s.running,
+            len(self.clients.get(s.number, ())),
+            len(self.uploads.get(s.number, ())),
+            None,
+            None,
+            s.token,
+            s.digest,
+            s.base,
+            s.lost,
+            s.disabled,
+        )
+        return Seen(iteration, s.started, s.first_upload, s.sealed, s.fence, s.epoch, s.success, s.result)
+
+    # ---- devices
 
     def select_client(
         self, number: int, fl_id: str, meta: str, places: int, fit: bool, reserve: Reserve
     ) -> tuple[str, int]:
-        """select_client.lua"""
-        status = self.status
+        status, client = self.status, key_of(fl_id)
         if status is None:
             return "missing", 0
-        if status.number != number or status.running is not RunningState.RUNNING:
+        if status.number != number or status.running is not RUNNING:
             return "closed", status.number
         clients = self.clients.setdefault(number, {})
-        if fl_id in clients:
-            return ("uploaded" if fl_id in self.uploads.get(number, ()) else "known"), 0
+        if client in clients:
+            return ("uploaded" if client in self.uploads.get(number, ()) else "known"), 0
         if status.phase is not Phase.COLLECTING:
             return "closed", status.number
         now = self.clock()
         self.waiting = {name: due for name, due in self.waiting.items() if due > now - reserve.after}
-        mine = fl_id in self.waiting
+        mine = client in self.waiting
         expected = sum(due <= now + reserve.before for due in self.waiting.values())
         if len(clients) >= places or (not mine and len(clients) + expected >= places):
             if mine or len(self.waiting) < places:
-                self.waiting[fl_id] = now + reserve.returns
+                self.waiting[client] = now + reserve.returns
             return ("reserved" if mine else "full"), len(clients)
         if not fit:
             return "unfit", len(clients)
         if not clients:
             status.started = now
-        clients[fl_id] = meta
-        self.waiting.pop(fl_id, None)
+        clients[client] = meta
+        self.waiting.pop(client, None)
         return "selected", len(clients)
 
     def accept_upload(
@@ -122,27 +201,27 @@ class SharedState:
         node_id: str,
         fit: bool,
     ) -> tuple[str, int, str]:
-        """accept_upload.lua"""
-        holder = self.uploads.get(requested, {}).get(fl_id)
+        client = key_of(fl_id)
+        holder = self.uploads.get(requested, {}).get(client)
         if holder is not None and (holder != ledger_id or requested != number):
             return "repeated", 0, holder
         if self.owners.get(ledger_id) != node_id:
             return "revoked", 0, ""
-        if node_id not in self.leases:
+        if not self.is_alive(node_id):
             return "lapsed", 0, ""
         status = self.status
         if status is None:
             return "missing", 0, ""
-        if (status.number, status.attempt) != (number, attempt):
+        if status.number != number:
             return "closed", status.number, ""
         clients, uploads = self.clients.get(number, {}), self.uploads.setdefault(number, {})
         if holder is not None:
-            return "accepted", len(uploads), clients[fl_id]
-        if status.running is not RunningState.RUNNING:
+            return "accepted", len(uploads), clients[client]
+        if status.attempt != attempt or status.running is not RUNNING:
             return "closed", status.number, ""
         if len(uploads) >= quorum or status.phase is not Phase.COLLECTING:
             return "full", len(uploads), ""
-        if fl_id not in clients:
+        if client not in clients:
             return "unknown", len(uploads), ""
         if requested != number:
             return "other", number, ""
@@ -150,446 +229,309 @@ class SharedState:
             return "unfit", len(uploads), ""
         if not uploads:
             status.first_upload = self.clock()
-        uploads[fl_id] = ledger_id
+        uploads[client] = ledger_id
         if len(uploads) == quorum:
             self.completed[number] = self.clock()
-        return "accepted", len(uploads), clients[fl_id]
+        return "accepted", len(uploads), clients[client]
+
+    # ---- members and ledgers
 
     def heartbeat(self, node_id: str) -> None:
-        """heartbeat.lua, as far as the lease goes."""
-        self.leases.add(node_id)
+        self.leases[node_id] = self.clock() + self.lease
+
+    def leave(self, node_id: str) -> None:
+        """HDEL and DEL: a node takes itself off the list."""
+        self.leases.pop(node_id, None)
+
+    def is_alive(self, node_id: str) -> bool:
+        """EXISTS of a heartbeat."""
+        return self.leases.get(node_id, float("-inf")) > self.clock()
+
+    def list_nodes(self) -> list[str]:
+        return sorted(node for node in self.leases if self.is_alive(node))
 
     def own_ledger(self, ledger_id: str, node_id: str, before: str = "") -> bool:
-        """own_ledger.lua"""
         if self.owners.get(ledger_id, "") not in (before, node_id):
             return False
         self.owners[ledger_id] = node_id
         return True
 
+    def ledger_owner(self, ledger_id: str) -> str:
+        """HGET of the ledgers."""
+        return self.owners.get(ledger_id, "")
+
+    def ledgers(self) -> dict[str, str]:
+        """HGETALL of the ledgers."""
+        return dict(self.owners)
+
+    def forget_ledger(self, ledger_id: str) -> None:
+        """HDEL of the ledgers."""
+        self.owners.pop(ledger_id, None)
+
     def counted(self, number: int, ledger_id: str, fl_ids: Sequence[str]) -> dict[str, str]:
         """Two HMGETs: what the clients declared whose update lies in this ledger."""
         uploads, clients = self.uploads.get(number, {}), self.clients.get(number, {})
-        return {fl_id: clients[fl_id] for fl_id in fl_ids if uploads.get(fl_id) == ledger_id}
+        keys = {fl_id: key_of(fl_id) for fl_id in fl_ids}
+        return {fl_id: clients[key] for fl_id, key in keys.items() if uploads.get(key) == ledger_id}
 
     def count_by_ledger(self, number: int) -> dict[str, int]:
-        """count_by_ledger.lua"""
         holders = list(self.uploads.get(number, {}).values())
         return {holder: holders.count(holder) for holder in holders}
 
-    def set_phase(self, number: int, attempt: int, before: Phase, after: Phase, **fields: str) -> bool:
-        """set_phase.lua"""
+    def uploads_of(self, number: int) -> dict[str, str]:
+        """HGETALL of the uploads: client key -> ledger id."""
+        return dict(self.uploads.get(number, ()))
+
+    def restore_clients(
+        self, number: int, ledger_id: str, node_id: str, clients: Mapping[str, str]
+    ) -> tuple[str, int]:
         status = self.status
-        if status is None or (status.number, status.attempt, status.phase, status.running) != (
-            number,
-            attempt,
-            before,
-            RunningState.RUNNING,
-        ):
-            return False
-        self.status = replace(status, phase=after, **fields)  # type: ignore[arg-type]
-        return True
-
-    def advance(
-        self, number: int, attempt: int, phase: Phase, success: bool, result: str, finishes: bool
-    ) -> bool:
-        """advance.lua"""
-        status = self.status
-        if status is None or (status.number, status.attempt, status.phase) != (number, attempt, phase):
-            return False
-        running = RunningState.FINISH if finishes else status.running
-        self.status = Status(number + 1, running=running, success=success, result=result)
-        return True
-
-
-# ---- the connection to it
-
-
-class Fault(Enum):
-    """What happens to a step on a connection."""
-
-    NONE = "none"
-    BEFORE = "lost before the shared state heard of it"
-    AFTER = "done, but the reply is lost"
-
-
-class Lost(Exception):
-    """The connection broke, or there is none."""
-
-
-class Line:
-    """A server's connection to the shared state.
-
-    Attributes:
-        up: whether it stands.
-        fault: what happens to the last of the next ``steps`` steps.
-    """
-
-    def __init__(self) -> None:
-        self.up = True
-        self.mend()
-
-    def mend(self) -> None:
-        """Nothing is going to break."""
-        self.fault, self.steps = Fault.NONE, 0
-
-    def break_at(self, fault: Fault, steps: int) -> None:
-        """Break at the ``steps``-th step from now, counted from 1."""
-        self.fault, self.steps = fault, steps
-
-    def call(self, step: Callable[[], T]) -> T:
-        """Take one atomic step, unless the connection breaks before or after it."""
-        self.steps -= 1
-        fault = self.fault if self.steps == 0 else Fault.NONE
-        if not self.up or fault is Fault.BEFORE:
-            self.up = False
-            raise Lost
-        result = step()
-        if fault is Fault.AFTER:
-            self.up = False
-            raise Lost
-        return result
-
-
-# ---- a server
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model is the set of the updates in it."""
-
-    number: int
-    updates: frozenset[str]
-
-    @property
-    def digest(self) -> str:
-        return f"{self.number}:{','.join(sorted(self.updates))}"
-
-
-@dataclass(frozen=True)
-class Question:
-    """An update whose acceptance the shared state has not confirmed yet."""
-
-    number: int
-    attempt: int
-    fl_id: str
-
-
-@dataclass
-class Server:
-    """One process. Its id is new with every start; what is in its ledger dies with it."""
-
-    id: str
-    host: str
-    world: World
-    line: Line = field(default_factory=Line)
-    iteration: Iteration = field(default_factory=lambda: Iteration(1))
-    ledger: set[str] = field(default_factory=set)
-    questions: list[Question] = field(default_factory=list)
-    candidate: Model | None = None
-    joined: bool = False
-    opened: list[int] = field(default_factory=list)
-    events: deque[core.Event] = field(default_factory=deque)
-    effects: deque[core.Effect] = field(default_factory=deque)
-    astray: bool = False  # the first effect broke with the connection
-
-    # ---- start
-
-    def join(self) -> None:
-        """Find the job, or make it, and take up its iteration; later again if there is no connection."""
-        shared = self.world.shared
-        try:
-            self.line.call(lambda: shared.create(1, True, "", RunningState.RUNNING))
-            self.line.call(lambda: shared.heartbeat(self.id))
-            self.line.call(lambda: shared.own_ledger(self.id, self.id))
-            seen = self.look()
-        except Lost:
-            return
-        self.iteration, self.joined = seen.iteration, True
-        kept = self.world.disks[self.host]
-        if (
-            self.iteration.phase is Phase.CANDIDATE
-            and kept is not None
-            and kept.digest == self.iteration.digest
-        ):
-            self.candidate = kept
-            self.note(core.CandidateDurable())
-
-    # ---- what devices ask
-
-    def start_client(self, fl_id: str) -> str:
-        """startFLJob"""
-        if not self.joined or self.iteration.running is not RunningState.RUNNING:
-            return "gate"
-        number = self.iteration.number
-        try:
-            word, count = self.line.call(
-                lambda: self.world.shared.select_client(
-                    number, fl_id, "meta", self.world.policy.start_threshold, True, Reserve(5, 10, 5)
-                )
-            )
-        except Lost:
-            return "lost"
-        if word == "selected":
-            self.note(core.ClientSelected(number, count))
-        return word
-
-    def upload(self, fl_id: str) -> None:
-        """updateModel"""
-        if self.joined and self.iteration.running is RunningState.RUNNING:
-            question = Question(self.iteration.number, self.iteration.attempt, fl_id)
-            self.questions.append(question)
-            self.ask(question)
-
-    def ask(self, question: Question) -> None:
-        """Ask for an update to be counted; stays open until there is an answer."""
-        number, fl_id = question.number, question.fl_id
-        try:
-            word, count, _ = self.line.call(
-                lambda: self.world.shared.accept_upload(
-                    number,
-                    question.attempt,
-                    number,
-                    fl_id,
-                    self.world.policy.update_threshold,
-                    ledger_id=self.id,
-                    node_id=self.id,
-                    fit=True,
-                )
-            )
-        except Lost:
-            return
-        assert word not in ("revoked", "lapsed"), "who has joined owns its ledger and lives"
-        self.questions.remove(question)
-        if word in ("accepted", "repeated"):
-            self.world.promised.setdefault(number, set()).add(fl_id)
-        if word == "accepted" and fl_id not in self.ledger:
-            assert self.iteration.number == number, (
-                "an update was accepted for an iteration that is over here"
-            )
-            self.ledger.add(fl_id)
-            self.note(core.UploadCounted(number, count))
-
-    def ask_again(self) -> None:
-        """Ask what has not been answered."""
-        for question in list(self.questions):
-            self.ask(question)
-
-    # ---- the machine
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.effects)
-
-    def note(self, event: core.Event) -> None:
-        """Take notice of an event; while effects are under way it waits."""
-        self.events.append(event)
-        self.work()
-
-    def work(self) -> None:
-        """Step through the events up to the first effect that takes its time; Open takes none."""
-        while True:
-            if self.effects and isinstance(self.effects[0], core.Open):
-                self.open(self.effects.popleft())
-            elif self.events and not self.effects:
-                self.step(self.events.popleft())
-            else:
-                break
-        if (
-            self.effects
-            and not self.line.up
-            and not isinstance(self.effects[0], core.Reduce | core.MakeDurable)
-        ):
-            self.astray = True  # it is tried at once, in vain
-
-    def step(self, event: core.Event) -> None:
-        self.iteration, effects = core.step(self.iteration, event, self.world.now, self.world.policy)
-        self.effects.extend(effects)
-
-    def perform(self) -> None:
-        """Go on with the first effect; after a broken connection look where the shared state is."""
-        try:
-            event = self.look_again() if self.astray else self.do(self.effects[0])
-        except Lost:
-            if self.astray:
-                self.effects.clear()  # the tick will begin anew
-            self.astray = not self.astray
-            self.work()
-            return
-        if isinstance(event, Wait):
-            return
-        self.astray = False
-        self.effects.popleft()
-        if event is not None:
-            self.step(event)
-        self.work()
-
-    def tick(self) -> None:
-        """What happens once a second: first a look at the shared state, then at the clock.
-
-        The other way round a copy that is out of date, as after an outage, could end a complete iteration.
-        """
-        if not self.joined:
-            self.join()
-            return
-        try:
-            self.ask_again()
-            if not self.busy and (seen := self.look_again()) is not None:
-                self.note(seen)
-            if not self.busy and self.updates_are_lost():
-                self.note(core.UpdatesLost())
-        except Lost:
-            pass
-        self.note(core.TimePassed())
-
-    def look(self) -> core.Observed:
-        """Read the shared state, with this server's own clock."""
-        answer = self.line.call(self.world.shared.read)
-        assert answer is not None
-        status, selected, uploaded = answer
-        iteration = Iteration(
-            status.number,
-            status.attempt,
-            status.phase,
-            status.running,
-            selected,
-            uploaded,
-            status.started,
-            status.first_upload,
-            status.digest,
+        if status is None or status.number != number or status.phase is Phase.CANDIDATE:
+            return "closed", 0
+        if ledger_id:
+            if self.owners.get(ledger_id, node_id) != node_id:
+                return "revoked", 0
+            self.owners[ledger_id] = node_id
+        places, uploads, restored = (
+            self.clients.setdefault(number, {}),
+            self.uploads.setdefault(number, {}),
+            0,
         )
-        return core.Observed(iteration, status.token == self.id, status.success, status.result)
+        for client, meta in clients.items():
+            places.setdefault(client, meta)
+            if ledger_id and client not in uploads:
+                uploads[client] = ledger_id
+                restored += 1
+        return "restored", restored
 
-    def look_again(self) -> core.Observed | None:
-        """Read the shared state; None if it holds no news."""
-        seen = self.look()
-        timeless = [replace(i, started=None, first_upload=None) for i in (seen.iteration, self.iteration)]
-        return seen if self.iteration.changing or timeless[0] != timeless[1] else None
+    # ---- the iteration
 
-    def updates_are_lost(self) -> bool:
-        """Whether the current iteration needs a server that is dead."""
-        answer = self.line.call(self.world.shared.read)
-        assert answer is not None
-        status = answer[0]
-        if status.number != self.iteration.number or status.running is not RunningState.RUNNING:
+    def _stands(self, number: int, attempt: int, phase: Phase, token: str | None = None) -> Status | None:
+        """Return the status if it is the one that the caller expects; None stands for any token."""
+        s = self.status
+        if s is None or (s.number, s.attempt, s.phase) != (number, attempt, phase):
+            return None
+        return s if token in (None, s.token) else None
+
+    def seal(self, number: int, attempt: int, quorum: int) -> bool:
+        status = self._stands(number, attempt, Phase.COLLECTING)
+        if status is None or status.running is not RUNNING or len(self.uploads.get(number, ())) < quorum:
             return False
-        needed = set(self.world.shared.count_by_ledger(status.number))
-        if status.phase in (Phase.REDUCING, Phase.CANDIDATE):
-            needed.add(status.token)
-        return any(self.world.server(name) is None for name in needed)
+        status.phase, status.sealed = Phase.SEALED, self.clock()
+        self.told("sealed")
+        return True
 
-    def do(self, effect: core.Effect) -> core.Event | Wait | None:
-        """Perform one effect."""
-        shared, call = self.world.shared, self.line.call
-        match effect:
-            case core.Seal(number, attempt):
-                done = call(lambda: shared.set_phase(number, attempt, Phase.COLLECTING, Phase.SEALED))
-                return core.Sealed() if done else self.look_again()
-            case core.ClaimReduction(number, attempt):
-                done = call(
-                    lambda: shared.set_phase(number, attempt, Phase.SEALED, Phase.REDUCING, token=self.id)
-                )
-                return core.ReductionClaimed() if done else self.look_again()
-            case core.Reduce(number, _):
-                return self.reduce(number)
-            case core.RecordCandidate(number, attempt, digest):
-                done = call(
-                    lambda: shared.set_phase(number, attempt, Phase.REDUCING, Phase.CANDIDATE, digest=digest)
-                )
-                return core.CandidateRecorded() if done else self.look_again()
-            case core.MakeDurable(number):
-                assert self.candidate is not None and self.candidate.number == number
-                self.world.disks[self.host] = self.candidate
-                return core.CandidateDurable()
-            case core.Advance(number, attempt, success, result, finishes, phase):
-                done = call(
-                    lambda: self.world.advance(self, number, attempt, phase, success, result, finishes)
-                )
-                return core.Advanced(success, result) if done else self.look_again()
-        raise AssertionError(effect)
+    def record_candidate(self, number: int, attempt: int, token: str, digest: str, updates: int) -> bool:
+        status = self._stands(number, attempt, Phase.REDUCING, token)
+        if status is None or status.running is not RUNNING:
+            return False
+        if len(self.uploads.get(number, {})) != updates:
+            return False
+        status.phase, status.digest = Phase.CANDIDATE, digest
+        return True
 
-    def open(self, effect: core.Effect) -> None:
-        """Begin to serve an iteration."""
-        assert isinstance(effect, core.Open)
-        self.ledger.clear()
-        self.candidate = None
-        self.opened.append(effect.number)
+    def claim_reduction(self, number: int, attempt: int, token: str, node_id: str) -> tuple[str, str] | None:
+        s = self.status
+        if s is None or (s.number, s.attempt, s.running) != (number, attempt, RUNNING):
+            return None
+        if s.phase is Phase.COLLECTING or s.token != token:
+            return None
+        s.fence += 1
+        s.token = f"{s.fence}:{node_id}"
+        candidate = s.digest if s.phase is Phase.CANDIDATE else ""
+        if s.phase is Phase.SEALED:
+            s.phase = Phase.REDUCING
+        return s.token, candidate
 
-    def reduce(self, number: int) -> core.Event | Wait:
-        """Gather all partial sums; a server gives its own when it has no open question."""
-        counted = self.line.call(lambda: self.world.shared.count_by_ledger(number))
-        updates: set[str] = set()
-        for ledger_id, count in counted.items():
-            holder = self.world.server(ledger_id)
-            if holder is None:
-                return core.ReductionFailed(core.server_exited(number))
-            if any(question.number == number for question in holder.questions):
-                return Wait()
-            if len(holder.ledger) != count or holder.ledger & updates:
-                return core.ReductionFailed(core.server_exited(number))
-            updates |= holder.ledger
-        self.candidate = Model(number, frozenset(updates))
-        return core.ModelReduced(self.candidate.digest)
-
-
-class Wait:
-    """An effect cannot be done yet."""
-
-
-# ---- all of it
-
-
-class World:
-    """Servers, their disks, the clock, and the record of how iterations ended."""
-
-    def __init__(self, hosts: int, policy: Policy) -> None:
-        self.policy = policy
-        self.now = 0.0
-        self.shared = SharedState(lambda: self.now)
-        self.disks: dict[str, Model | None] = {f"host{i}": None for i in range(hosts)}
-        self.servers: dict[str, Server] = {}
-        self.promised: dict[int, set[str]] = {}
-        self.published: dict[int, Model] = {}
-        self.failed: dict[int, str] = {}
-        self.started: dict[int, float | None] = {}
-        self._starts = 0
-        for host in self.disks:
-            self.start(host)
-
-    def start(self, host: str) -> None:
-        """Start a server on a host that has none."""
-        self._starts += 1
-        self.servers[host] = Server(f"{host}#{self._starts}", host, self)
-        self.servers[host].join()
-
-    def server(self, name: str) -> Server | None:
-        """The living server of that id."""
-        return next((server for server in self.servers.values() if server.id == name), None)
+    def reopen(
+        self, number: int, attempt: int, phase: Phase, token: str, ledgers: Iterable[str]
+    ) -> int | None:
+        """reopen.lua; None where it answers {0, 0}."""
+        status = self._stands(number, attempt, phase, token)
+        if status is None or status.running is not RUNNING:
+            return None
+        gone = set(ledgers)
+        self.owners.update(dict.fromkeys(gone, REVOKED))
+        uploads = self.uploads.get(number, {})
+        lost = [client for client, holder in uploads.items() if holder in gone]
+        for client in lost:
+            del uploads[client]
+            self.clients.get(number, {}).pop(client, None)
+        if status.sealed is not None:
+            stood = self.clock() - status.sealed
+            status.started = None if status.started is None else status.started + stood
+            status.first_upload = None if status.first_upload is None else status.first_upload + stood
+        status.lost += len(lost)
+        status.attempt, status.phase = attempt + 1, Phase.COLLECTING
+        status.token = status.digest = ""
+        status.sealed = None
+        self.told("reopened")
+        return len(lost)
 
     def advance(
         self,
-        by: Server,
         number: int,
         attempt: int,
         phase: Phase,
         success: bool,
         result: str,
         finishes: bool,
+        token: str = "",
+        base: str = "",
     ) -> bool:
-        """Advance the shared state, and keep the record of it."""
-        status = self.shared.status
-        done = self.shared.advance(number, attempt, phase, success, result, finishes)
-        if done:
-            assert status is not None
-            self.started[number] = status.started
-            assert number not in self.published and number not in self.failed, "an iteration ended twice"
-            if success:
-                assert by.candidate is not None and by.candidate.number == number
-                self.published[number] = by.candidate
-            else:
-                self.failed[number] = result
-            if "timeout" in result:
-                assert status.phase is Phase.COLLECTING, "a clock ended a sealed iteration"
-            if result == core.server_exited(number):
-                needed = {status.token, *self.shared.uploads.get(number, {}).values()} - {""}
-                assert any(self.server(name) is None for name in needed), "nobody died"
-        return done
+        status = self._stands(number, attempt, phase, token)
+        if status is None:
+            return False
+        status.next(success, result)
+        if finishes:
+            status.running = RunningState.FINISH
+        status.base = base or status.base
+        self.owners = {ledger: owner for ledger, owner in self.owners.items() if owner != REVOKED}
+        self.told("advanced")
+        return True
+
+    def rebase(self, number: int, before: str, after: str, result: str, finishes: bool) -> str:
+        status = self.status
+        if status is None or (status.number, status.base) != (number, before):
+            return "other"
+        status.base = after
+        self.told("rebased")
+        if not self.clients.get(number) and status.phase is Phase.COLLECTING:
+            return "rebased"
+        status.next(False, result)
+        if finishes:
+            status.running = RunningState.FINISH
+        return "ended"
+
+    def forget_interruption(self) -> None:
+        """HDEL of the mark."""
+        if self.status is not None:
+            self.status.disabled = False
+
+    def finish(self, number: int) -> bool:
+        status = self.status
+        if status is None or status.number != number:
+            return False
+        suspended = status.running is RunningState.DISABLE and status.disabled
+        if status.running in (RunningState.FINISH, RunningState.STOP) or suspended:
+            return False
+        status.running = RunningState.FINISH
+        self.told("finished")
+        return True
+
+    # ---- operators
+
+    def disable(self) -> str:
+        status = self.status
+        if status is None:
+            return "missing"
+        if status.running in (RunningState.FINISH, RunningState.STOP):
+            return "completed"
+        if status.running is RunningState.DISABLE and status.disabled:
+            return "already"
+        word = "marked" if status.running is RunningState.DISABLE else "disabled"
+        status.next(False, "Disable instance")
+        status.running, status.disabled = RunningState.DISABLE, True
+        self.told("disable")
+        return word
+
+    def enable(self, last_iteration: int) -> str:
+        status = self.status
+        if status is None:
+            return "missing"
+        if status.running in (RunningState.FINISH, RunningState.STOP):
+            return "completed"
+        if status.running is RUNNING:
+            return "already"
+        over = status.number > last_iteration
+        status.running, status.disabled = (RunningState.FINISH if over else RUNNING), False
+        self.told("enable")
+        return "finished" if over else "enabled"
+
+    # ---- after a loss
+
+    def raise_status(self, known: Seen) -> str:
+        """The part of raise_status.lua that is about this instance; moments of ``known`` by the same clock."""
+        now, there = known.iteration, self.status
+        if there is not None:
+            there.fence = max(there.fence, known.fence)
+            if there.rank >= now.rank:
+                return "kept"
+        self.status = Status(
+            now.number,
+            now.attempt,
+            now.phase,
+            now.running,
+            known.success,
+            known.result,
+            now.token,
+            now.digest,
+            now.base,
+            max(known.fence, 0 if there is None else there.fence),
+            known.epoch,
+            now.lost,
+            now.interrupted,
+            known.started,
+            known.first_upload,
+            known.sealed,
+        )
+        return "raised"
+
+
+class Store:
+    """All of Redis: the instances of one job.
+
+    Attributes:
+        name: of the job's current instance, "" if there is none.
+        run: which run of Redis this is; every loss begins another.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float], told: Callable[[str], object], lease: float = HEARTBEAT_TTL_S
+    ):
+        self.clock, self.told, self.lease = clock, told, lease
+        self.name = ""
+        self.run = 1
+        self.instances: dict[str, SharedState] = {}
+
+    def at(self, instance: str) -> SharedState:
+        """Return an instance's part, empty if nothing was ever written to it."""
+        found = self.instances.get(instance)
+        if found is None:
+            found = self.instances[instance] = SharedState(self.clock, self.told, self.lease)
+        return found
+
+    def copy(self) -> Store:
+        """Return the same state, apart: what a replica has."""
+        other = copy.copy(self)
+        other.instances = {name: part.copy() for name, part in self.instances.items()}
+        return other
+
+    def claim_instance(self, proposed: str) -> str:
+        """SET NX and GET of the instance's name."""
+        self.name = self.name or proposed
+        return self.name
+
+    def read(self, instance: str) -> tuple[str, Seen | None]:
+        """read_status.lua"""
+        return self.name, self.at(instance).read_status()
+
+    def raise_status(self, instance: str, known: Seen) -> str:
+        """raise_status.lua"""
+        if self.name and self.name != instance:
+            other = self.at(self.name).status
+            if other is None or (-other.epoch, self.name) < (-known.epoch, instance):
+                return "newer"
+        self.name = instance
+        return self.at(instance).raise_status(known)
+
+    def new_instance(self, current: str, name: str) -> bool:
+        """new_instance.lua"""
+        if self.name != current or current == name or self.at(name).status is not None:
+            return False
+        before = self.at(current).status
+        epoch, base = (0, "") if before is None else (before.epoch, before.base)
+        self.at(name).status = Status(1, epoch=epoch + 1, base=base)
+        self.name = name
+        self.told("instance")
+        return True

@@ -1,13 +1,17 @@
 """One global iteration as a pure state machine.
 
     collecting -> sealed -> reducing -> candidate -> collecting of the next iteration
+        ^             |         |           |
+        +-------------+---------+-----------+   updates are lost: the next attempt of the same iteration
 
 ``step(state, event, now, policy)`` gives the next state and the effects to perform; everything that can change the
 phase is in TABLE below. Redis holds the authority: an effect such as Seal is a compare-and-set there, and the
 machine moves on with the event that reports its success. A lost compare-and-set is reported as Observed, with what
 Redis really says.
 
-The same machine runs on every server. Times are seconds of the server's monotonic clock; arrays never enter.
+The same machine runs on every server. One of them, the finaliser, makes the model: it holds the token of the
+attempt, and the shared state takes a candidate or a publication only from the holder of the present token. Times
+are seconds of the server's monotonic clock; arrays never enter.
 """
 
 from __future__ import annotations
@@ -38,6 +42,14 @@ def aggregation_failed(number: int) -> str:
 def server_exited(number: int) -> str:
     """Result text of an iteration that lost accepted updates with their server."""
     return f"Server that processed updateModel requests exited, current iteration: {number}"
+
+
+DISABLED = "Disable instance"
+
+
+def base_lost(number: int) -> str:
+    """Result text of an iteration whose clients trained from a model that nobody has any more; ours."""
+    return f"The model before it is lost, current iteration: {number}"
 
 
 def status_lost(number: int) -> str:
@@ -87,7 +99,11 @@ class Iteration:
         uploaded: updates accepted on all servers.
         started: time of the first startFLJob, or None.
         first_upload: time of the first accepted updateModel, or None.
+        token: fencing token of the finaliser, or "".
         digest: digest of the candidate model, or "".
+        base: digest of the model that devices train from, "" if the shared state does not say.
+        lost: updates of this iteration that were counted and then lost with their servers.
+        interrupted: whether the job's being disabled has ended an iteration already.
     """
 
     number: int
@@ -98,12 +114,21 @@ class Iteration:
     uploaded: int = 0
     started: float | None = None
     first_upload: float | None = None
+    token: str = ""
     digest: str = ""
+    base: str = ""
+    lost: int = 0
+    interrupted: bool = False
 
     @property
     def changing(self) -> bool:
         """Whether the quorum is reached and the next iteration is on its way."""
         return self.phase is not Phase.COLLECTING
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """How far the iteration has come: number, attempt, phase. It never falls."""
+        return self.number, self.attempt, list(Phase).index(self.phase)
 
 
 # ---- events: what happened
@@ -119,9 +144,10 @@ class ClientSelected:
 
 @dataclass(frozen=True, slots=True)
 class UploadCounted:
-    """An updateModel was accepted as the ``count``-th."""
+    """An updateModel was accepted as the ``count``-th of an attempt."""
 
     number: int
+    attempt: int
     count: int
 
 
@@ -137,7 +163,15 @@ class Sealed:
 
 @dataclass(frozen=True, slots=True)
 class ReductionClaimed:
-    """This server is the one that makes the model."""
+    """This server is the finaliser.
+
+    Attributes:
+        token: to be shown with everything that it asks of the shared state.
+        digest: of the candidate that the finaliser before it had recorded, or "".
+    """
+
+    token: str
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,15 +192,27 @@ class ReductionFailed:
 class CandidateRecorded:
     """The shared state names the digest of the new model."""
 
+    digest: str
+
 
 @dataclass(frozen=True, slots=True)
-class CandidateDurable:
+class CandidateSpread:
     """The new model survives the loss of this process."""
 
 
 @dataclass(frozen=True, slots=True)
 class UpdatesLost:
-    """Accepted updates of this iteration are in no ledger that anybody can read."""
+    """Accepted updates of this iteration are in ledgers that nobody can read.
+
+    Attributes:
+        number: the iteration.
+        attempt: in which they were missed.
+        ledgers: ids of these ledgers.
+    """
+
+    number: int
+    attempt: int
+    ledgers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,15 +229,19 @@ class Observed:
 
     Attributes:
         iteration: the state there.
-        mine: whether this server is the one that makes the model.
+        mine: whether this server is the finaliser.
         success: whether the previous iteration was valid.
         result: why it ended.
+        orphaned: whether the finaliser is another server, and gone.
+        fresh: whether nothing was counted here since the look: then it is right even where it says less.
     """
 
     iteration: Iteration
     mine: bool
     success: bool
     result: str
+    orphaned: bool = False
+    fresh: bool = False
 
 
 # ---- effects: what is to be done
@@ -207,15 +257,19 @@ class Seal:
 
 @dataclass(frozen=True, slots=True)
 class ClaimReduction:
-    """Try to become the one that makes the model; report ReductionClaimed."""
+    """Try to become the finaliser, by compare-and-set of the token; report ReductionClaimed.
+
+    ``token`` is that of a finaliser that is gone, "" if there was none.
+    """
 
     number: int
     attempt: int
+    token: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Reduce:
-    """Sum the sealed partials into a model; report ModelReduced or ReductionFailed."""
+    """Sum the sealed partials of all servers into a model; report ModelReduced, ReductionFailed or UpdatesLost."""
 
     number: int
     attempt: int
@@ -227,22 +281,43 @@ class RecordCandidate:
 
     number: int
     attempt: int
+    token: str
     digest: str
 
 
 @dataclass(frozen=True, slots=True)
-class MakeDurable:
-    """Write the new model's checkpoint; report CandidateDurable."""
+class SpreadCandidate:
+    """Write the new model's checkpoint and give the model to the other servers; report CandidateSpread."""
 
     number: int
+    attempt: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reopen:
+    """Take the clients of lost ledgers off the iteration and collect again, by compare-and-set."""
+
+    number: int
+    attempt: int
+    phase: Phase
+    ledgers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Take updates again after a seal was undone; nothing of this server's was consumed."""
+
+    number: int
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
 class Advance:
     """Go to the next iteration in the shared state, by compare-and-set; report Advanced.
 
-    ``phase`` is part of the comparison: a server whose clock runs out must not end an iteration that another
-    one has sealed meanwhile.
+    ``phase`` and ``token`` are part of the comparison: a server whose clock runs out must not end an iteration that
+    another one has sealed meanwhile, and only the finaliser may publish.
     """
 
     number: int
@@ -251,16 +326,37 @@ class Advance:
     result: str
     finishes: bool
     phase: Phase
+    token: str = ""
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Begin to serve iteration ``number``; the iteration before it ended as told."""
+    """Begin to serve iteration ``number``; the iteration before it ended as told.
+
+    ``base`` is the digest of the model that it starts from, "" if this server's newest one will do.
+    """
 
     number: int
     ended: int
     success: bool
     result: str
+    base: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupt:
+    """End the iteration because the job was disabled; the shared state does so once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Say in the shared state that the last iteration is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The job is stopped for good: end this server."""
 
 
 Event = (
@@ -272,12 +368,25 @@ Event = (
     | ModelReduced
     | ReductionFailed
     | CandidateRecorded
-    | CandidateDurable
+    | CandidateSpread
     | UpdatesLost
     | Advanced
     | Observed
 )
-Effect = Seal | ClaimReduction | Reduce | RecordCandidate | MakeDurable | Advance | Open
+Effect = (
+    Seal
+    | ClaimReduction
+    | Reduce
+    | RecordCandidate
+    | SpreadCandidate
+    | Reopen
+    | Resume
+    | Advance
+    | Open
+    | Interrupt
+    | Finish
+    | Leave
+)
 Step = tuple[Iteration, tuple[Effect, ...]]
 
 
@@ -302,7 +411,8 @@ def deadline(state: Iteration, policy: Policy) -> tuple[float, str] | None:
     """Return when the iteration fails for want of time, and with which result; None while no clock runs.
 
     A round's clock runs from its first to its last counted request, the global one from the first startFLJob.
-    From the quorum on nothing depends on devices and no clock runs.
+    From the quorum on nothing depends on devices and no clock runs. Without the updates that it lost an iteration
+    might have been in time, so their loss is the reason then.
     """
     if state.phase is not Phase.COLLECTING or state.started is None or _complete(state, policy):
         return None
@@ -311,7 +421,8 @@ def deadline(state: Iteration, policy: Policy) -> tuple[float, str] | None:
         clocks.append((state.started + policy.start_window, round_timeout("startFLJob")))
     if state.first_upload is not None:
         clocks.append((state.first_upload + policy.update_window, round_timeout("updateModel")))
-    return min(clocks)
+    at, result = min(clocks)
+    return at, server_exited(state.number) if state.lost else result
 
 
 # ---- rules
@@ -325,7 +436,7 @@ def _on_selected(state: Iteration, event: ClientSelected, now: float, policy: Po
 
 
 def _on_uploaded(state: Iteration, event: UploadCounted, now: float, policy: Policy) -> Step:
-    if event.number != state.number:
+    if (event.number, event.attempt) != (state.number, state.attempt):
         return state, ()
     first = now if state.first_upload is None else state.first_upload
     state = replace(state, uploaded=max(state.uploaded, event.count), first_upload=first)
@@ -355,11 +466,14 @@ def _on_sealed(state: Iteration, event: Sealed, now: float, policy: Policy) -> S
 
 
 def _on_claimed(state: Iteration, event: ReductionClaimed, now: float, policy: Policy) -> Step:
-    return replace(state, phase=Phase.REDUCING), (Reduce(state.number, state.attempt),)
+    if event.digest:
+        state = replace(state, phase=Phase.CANDIDATE, token=event.token, digest=event.digest)
+        return state, (SpreadCandidate(state.number, state.attempt, event.digest),)
+    return replace(state, phase=Phase.REDUCING, token=event.token), (Reduce(state.number, state.attempt),)
 
 
 def _on_reduced(state: Iteration, event: ModelReduced, now: float, policy: Policy) -> Step:
-    return state, (RecordCandidate(state.number, state.attempt, event.digest),)
+    return state, (RecordCandidate(state.number, state.attempt, state.token, event.digest),)
 
 
 def _on_reduction_failed(state: Iteration, event: ReductionFailed, now: float, policy: Policy) -> Step:
@@ -367,46 +481,87 @@ def _on_reduction_failed(state: Iteration, event: ReductionFailed, now: float, p
 
 
 def _on_recorded(state: Iteration, event: CandidateRecorded, now: float, policy: Policy) -> Step:
-    return replace(state, phase=Phase.CANDIDATE), (MakeDurable(state.number),)
+    state = replace(state, phase=Phase.CANDIDATE, digest=event.digest)
+    return state, (SpreadCandidate(state.number, state.attempt, event.digest),)
 
 
-def _on_durable(state: Iteration, event: CandidateDurable, now: float, policy: Policy) -> Step:
+def _on_spread(state: Iteration, event: CandidateSpread, now: float, policy: Policy) -> Step:
     return state, (_advance(state, policy, True, SUCCESS),)
 
 
 def _on_lost(state: Iteration, event: UpdatesLost, now: float, policy: Policy) -> Step:
-    return state, (_advance(state, policy, False, server_exited(state.number)),)
+    if (event.number, event.attempt) != (state.number, state.attempt):
+        return state, ()
+    return state, (Reopen(state.number, state.attempt, state.phase, event.ledgers),)
 
 
 def _advance(state: Iteration, policy: Policy, success: bool, result: str) -> Advance:
-    finishes = state.number >= policy.last_iteration
-    return Advance(state.number, state.attempt, success, result, finishes, state.phase)
+    return Advance(
+        state.number,
+        state.attempt,
+        success,
+        result,
+        finishes=state.number >= policy.last_iteration,
+        phase=state.phase,
+        token=state.token,
+        base=state.digest if success else "",
+    )
 
 
 def _on_advanced(state: Iteration, event: Advanced, now: float, policy: Policy) -> Step:
     number = state.number + 1
     running = RunningState.FINISH if number > policy.last_iteration else state.running
-    opened = Open(number, state.number, event.success, event.result)
-    return Iteration(number, running=running), (opened,)
+    base = state.digest if event.success else state.base
+    opened = Open(number, state.number, event.success, event.result, base)
+    return Iteration(number, running=running, base=base), (opened,)
 
 
 def _on_observed(state: Iteration, event: Observed, now: float, policy: Policy) -> Step:
-    """Adopt what the shared state says, forward or backward, and take up this server's part in it."""
+    """Adopt what the shared state says, and take up this server's part in it.
+
+    The shared state never falls behind for long: what it forgets is brought back. So a look that is behind is an old
+    one, overtaken by this server's own doing while its answer was on the way, and so may its counts be.
+    """
     seen = event.iteration
-    if seen.number != state.number:
-        return seen, (Open(seen.number, seen.number - 1, event.success, event.result),)
-    if seen.running is not RunningState.RUNNING:
-        return seen, ()
+    if seen.rank < state.rank:
+        return state, ()
+    if not event.fresh and (seen.number, seen.attempt) == (state.number, state.attempt):
+        selected, uploaded = max(seen.selected, state.selected), max(seen.uploaded, state.uploaded)
+        seen = replace(seen, selected=selected, uploaded=uploaded)
+    effects: tuple[Effect, ...] = ()
+    rebased = (
+        seen.base != state.base != ""
+    )  # by somebody who missed the old one, or after a loss of Redis' data
+    if seen.number != state.number or rebased:
+        effects = (Open(seen.number, seen.number - 1, event.success, event.result, seen.base),)
+    elif seen.attempt != state.attempt:
+        effects = (Resume(seen.number, seen.attempt),)
+    return seen, (*effects, *_part_in(seen, event, policy))
+
+
+def _part_in(seen: Iteration, event: Observed, policy: Policy) -> tuple[Effect, ...]:
+    """Return what this server has to do for the iteration as the shared state shows it."""
+    match seen.running:
+        case RunningState.STOP:
+            return (Leave(),)
+        case RunningState.FINISH:
+            return ()
+        case RunningState.DISABLE if seen.interrupted:
+            return ()  # whoever enables it sees that its last iteration is over, if it is
+    if seen.number > policy.last_iteration:
+        return (Finish(),)
+    if seen.running is RunningState.DISABLE:
+        return (Interrupt(),)
     match seen.phase:
         case Phase.COLLECTING:
-            return seen, _seal_if_complete(seen, policy)
+            return _seal_if_complete(seen, policy)
         case Phase.SEALED:
-            return seen, (ClaimReduction(seen.number, seen.attempt),)
+            return (ClaimReduction(seen.number, seen.attempt),)
         case Phase.REDUCING if event.mine:
-            return seen, (Reduce(seen.number, seen.attempt),)
+            return (Reduce(seen.number, seen.attempt),)
         case Phase.CANDIDATE if event.mine:
-            return seen, (MakeDurable(seen.number),)
-    return seen, ()
+            return (SpreadCandidate(seen.number, seen.attempt, seen.digest),)
+    return (ClaimReduction(seen.number, seen.attempt, seen.token),) if event.orphaned else ()
 
 
 def _ignore(state: Iteration, event: Event, now: float, policy: Policy) -> Step:
@@ -420,11 +575,11 @@ TABLE: dict[tuple[Phase, type[Event]], Rule] = {
     (Phase.COLLECTING, UploadCounted): _on_uploaded,
     (Phase.COLLECTING, TimePassed): _on_time,
     (Phase.COLLECTING, Sealed): _on_sealed,
-    (Phase.SEALED, ReductionClaimed): _on_claimed,
+    **{(phase, ReductionClaimed): _on_claimed for phase in (Phase.SEALED, Phase.REDUCING, Phase.CANDIDATE)},
     (Phase.REDUCING, ModelReduced): _on_reduced,
-    (Phase.REDUCING, ReductionFailed): _on_reduction_failed,
+    **{(phase, ReductionFailed): _on_reduction_failed for phase in (Phase.REDUCING, Phase.CANDIDATE)},
     (Phase.REDUCING, CandidateRecorded): _on_recorded,
-    (Phase.CANDIDATE, CandidateDurable): _on_durable,
+    (Phase.CANDIDATE, CandidateSpread): _on_spread,
     **{(phase, UpdatesLost): _on_lost for phase in Phase},
     **{(phase, Advanced): _on_advanced for phase in Phase},
     **{(phase, Observed): _on_observed for phase in Phase},

@@ -1,1 +1,1 @@
-"""Where cluster state lives: Redis, its keys and its atomic scripts."""
+"""Where cluster state lives: Redis, the link to it, its keys and its atomic scripts."""

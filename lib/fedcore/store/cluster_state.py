@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple
 
 from fedcore.core.admission import Acceptance, Selection
+from fedcore.core.client_key import client_key
 from fedcore.core.iteration import Iteration, Phase
 from fedcore.core.job import RunningState
 from fedcore.errors import StoreError
@@ -47,7 +49,9 @@ class Snapshot:
         iteration: as core sees it, without its times.
         started_ago: seconds since the first startFLJob, or None.
         first_upload_ago: seconds since the first accepted updateModel, or None.
-        token: id of the node that makes the model, or "".
+        sealed_ago: seconds since the iteration was sealed, or None.
+        fence: number of the last token.
+        epoch: how many instances the job had before this one.
         success: whether the previous iteration was valid.
         result: why it ended.
     """
@@ -55,9 +59,40 @@ class Snapshot:
     iteration: Iteration
     started_ago: float | None
     first_upload_ago: float | None
-    token: str
+    sealed_ago: float | None
+    fence: int
+    epoch: int
     success: bool
     result: str
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One atomic look at a job.
+
+    Attributes:
+        instance: name of the job's instance, "" if Redis knows none.
+        snapshot: state of the looker's instance, None if there is none.
+    """
+
+    instance: str
+    snapshot: Snapshot | None
+
+
+class Raised(StrEnum):
+    """What became of an attempt to bring the status back; the values are the script's words."""
+
+    NEWER = "newer"  # the job has another, newer instance
+    RAISED = "raised"  # Redis had forgotten something, and has it again
+    KEPT = "kept"  # Redis was as far or further
+
+
+class Rebased(StrEnum):
+    """What became of an attempt to rebase the job; the values are the script's words."""
+
+    REBASED = "rebased"
+    ENDED = "ended"  # and so did the iteration
+    OTHER = "other"  # another iteration or model is named by now
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,45 +164,66 @@ class ClusterState:
         self.keys = keys.InstanceKeys(fl_name, instance)
         self._job_ttl = keys.job_ttl(global_window_ms)
         self._iteration_ttl = keys.iteration_ttl(global_window_ms)
+        self._channel = keys.changes(fl_name)
 
-    async def read(self) -> Snapshot | None:
-        """Return the state of job and iteration, or None if there is none."""
-        answer = await self.redis.script("read_status", [self.keys.status], [self.keys.prefix])
-        if not answer:
-            return None
-        now_ms, selected, uploaded = (int(part) for part in answer[:3])
-        raw = dict(zip(answer[3::2], answer[4::2], strict=True))  # others' fields need not be text
+    async def read(self) -> Look:
+        """Return the name of the job's instance and the state of this one."""
+        names = [self.keys.status, keys.instance_name(self.keys.fl_name)]
+        instance, *answer = await self.redis.script("read_status", names, [self.keys.prefix])
+        return Look(instance.decode(), _snapshot(answer) if answer else None)
 
-        def text(field: str, default: str = "") -> str:
-            value = raw.get(field.encode())
-            return default if value is None else value.decode()
-
-        def ago(field: str) -> float | None:
-            moment = text(field)
-            return (now_ms - int(moment)) / 1000 if moment else None
-
-        iteration = Iteration(
-            number=int(text("iterationNum")),
-            attempt=int(text("attempt", "1")),
-            phase=Phase(text("phase", Phase.COLLECTING)),
-            running=RunningState(int(text("runningState", "0"))),
-            selected=selected,
-            uploaded=uploaded,
-            digest=text("digest"),
-        )
-        return Snapshot(
-            iteration,
-            ago("startedMs"),
-            ago("firstUploadMs"),
-            text("token"),
-            text("lastIterationSuccess") == "1",
-            text("lastIterationResult"),
-        )
-
-    async def create(self, number: int, *, success: bool, result: str, running: RunningState) -> bool:
+    async def create(
+        self, number: int, *, success: bool, result: str, running: RunningState, base: str, epoch: int = 0
+    ) -> bool:
         """Write the first state; False if there already is one."""
-        arguments: list[Argument] = [self._job_ttl, number, int(success), result, int(running)]
+        arguments: list[Argument] = [self._job_ttl, number, int(success), result, int(running), base]
+        arguments += [epoch] if epoch else []
         return bool(await self.redis.script("create_status", [self.keys.status], arguments))
+
+    async def raise_to(self, known: Snapshot) -> Raised:
+        """Bring back what Redis has forgotten, if ``known`` is further on than what it says.
+
+        Args:
+            known: the furthest state that the caller has seen; its times are from now.
+        """
+        now = known.iteration
+        start, _, end = keys.InstanceKeys(self.keys.fl_name, "\0").status.partition("\0")
+        arguments: list[Argument] = [self.keys.instance, known.epoch, self._job_ttl, start, end]
+        arguments += [now.number, now.attempt, now.phase.value, known.fence]
+        for ago in (known.started_ago, known.first_upload_ago, known.sealed_ago):
+            arguments.append("" if ago is None else int(ago * 1000))
+        arguments += ["lastIterationSuccess", int(known.success), "lastIterationResult", known.result]
+        arguments += ["runningState", int(now.running), "base", now.base, "lost", now.lost]
+        for field, value in (("token", now.token), ("digest", now.digest)):
+            arguments += [field, value] if value else []
+        arguments += ["disabled", 1] if now.interrupted else []
+        names = [keys.instance_name(self.keys.fl_name), self.keys.status]
+        return Raised((await self.redis.script("raise_status", names, arguments)).decode())
+
+    async def restore_clients(
+        self, number: int, ledger_id: str, node_id: str, clients: Mapping[str, ClientMeta]
+    ) -> int | None:
+        """Bring back clients of an iteration, and the updates that a ledger holds, where Redis has forgotten them.
+
+        Args:
+            number: the iteration.
+            ledger_id: the ledger, "" for clients that have only a place.
+            node_id: owner of the ledger.
+            clients: client key -> what it declared.
+
+        Returns:
+            How many updates Redis had forgotten; None if the ledger may not be used any more.
+
+        Raises:
+            IterationMoved: Redis is in another iteration.
+        """
+        names = [self.keys.status, self.keys.clients(number), self.keys.uploads(number), self.keys.ledgers]
+        pairs = [part for key, meta in clients.items() for part in (key, meta.pack())]
+        arguments: list[Argument] = [number, ledger_id, node_id, self._iteration_ttl, self._job_ttl, *pairs]
+        word, restored = await self.redis.script("restore_clients", names, arguments)
+        if word == b"closed":
+            raise IterationMoved(0)
+        return None if word == b"revoked" else int(restored)
 
     async def select_client(
         self, number: int, fl_id: str, meta: ClientMeta, *, places: int, fit: bool, reserve: Reserve
@@ -190,14 +246,16 @@ class ClusterState:
             StateMissing: Redis holds no state.
         """
         names = [self.keys.status, self.keys.clients(number), self.keys.uploads(number), self.keys.waiting]
+        names.append(keys.instance_name(self.keys.fl_name))
         arguments: list[Argument] = [
             number,
-            fl_id,
+            client_key(fl_id),
             meta.pack(),
             places,
             int(fit),
             self._iteration_ttl,
             *reserve,
+            self.keys.instance,
         ]
         word, count = await self.redis.script("select_client", names, arguments)
         self._raise_if_elsewhere(word, count)
@@ -244,17 +302,19 @@ class ClusterState:
             self.keys.uploads(requested),
             self.keys.ledgers,
             self.keys.heartbeat("server", node_id),
+            keys.instance_name(self.keys.fl_name),
         ]
         arguments: list[Argument] = [
             number,
             attempt,
             requested,
-            fl_id,
+            client_key(fl_id),
             quorum,
             ledger_id,
             int(fit),
             self._iteration_ttl,
             node_id,
+            self.keys.instance,
         ]
         word, count, text = await self.redis.script("accept_upload", names, arguments)
         self._raise_if_elsewhere(word, count)
@@ -284,8 +344,9 @@ class ClusterState:
         """Return those of the clients whose update of an iteration is counted in this ledger."""
         if not fl_ids:
             return {}
-        holders = await self.redis.command("HMGET", self.keys.uploads(number), *fl_ids)
-        metas = await self.redis.command("HMGET", self.keys.clients(number), *fl_ids)
+        clients = [client_key(fl_id) for fl_id in fl_ids]
+        holders = await self.redis.command("HMGET", self.keys.uploads(number), *clients)
+        metas = await self.redis.command("HMGET", self.keys.clients(number), *clients)
         found = zip(fl_ids, holders, metas, strict=True)
         return {
             fl_id: ClientMeta.unpack(meta) for fl_id, holder, meta in found if holder == ledger_id.encode()
@@ -296,48 +357,149 @@ class ClusterState:
         answer = await self.redis.script("count_by_ledger", [self.keys.uploads(number)], [])
         return {ledger.decode(): int(count) for ledger, count in zip(answer[::2], answer[1::2], strict=True)}
 
-    async def set_phase(
-        self, number: int, attempt: int, before: Phase, after: Phase, fields: Mapping[str, str] | None = None
+    async def uploads(self, number: int) -> dict[str, str]:
+        """Return the accepted updates of an iteration: client key -> ledger id."""
+        answer = await self.redis.command("HGETALL", self.keys.uploads(number))
+        return {
+            client.decode(): ledger.decode() for client, ledger in zip(answer[::2], answer[1::2], strict=True)
+        }
+
+    async def ledgers(self) -> dict[str, str]:
+        """Return the ledgers and who owns each: ledger id -> node id, or REVOKED."""
+        answer = await self.redis.command("HGETALL", self.keys.ledgers)
+        return {
+            ledger.decode(): owner.decode() for ledger, owner in zip(answer[::2], answer[1::2], strict=True)
+        }
+
+    async def seal(self, number: int, attempt: int, quorum: int) -> bool:
+        """Stop counting updates of an iteration that has its quorum, by compare-and-set."""
+        names = [self.keys.status, self.keys.uploads(number)]
+        return bool(await self.redis.script("seal", names, [self._channel, number, attempt, quorum]))
+
+    async def record_candidate(
+        self, number: int, attempt: int, token: str, digest: str, updates: int
     ) -> bool:
-        """Go from one phase to the next by compare-and-set; False if the state is another one."""
-        extra = [part for item in (fields or {}).items() for part in item]
-        arguments: list[Argument] = [number, attempt, before.value, after.value, *extra]
-        return bool(await self.redis.script("set_phase", [self.keys.status], arguments))
+        """Name the finaliser's model, by compare-and-set.
+
+        Args:
+            number: the iteration.
+            attempt: its attempt.
+            token: of the finaliser.
+            digest: of the model.
+            updates: how many are in it.
+
+        Returns:
+            False if the state or the token is another one, or more or fewer updates are counted by now.
+        """
+        names = [self.keys.status, self.keys.uploads(number)]
+        arguments: list[Argument] = [number, attempt, token, digest, updates]
+        return bool(await self.redis.script("record_candidate", names, arguments))
+
+    async def claim_reduction(
+        self, number: int, attempt: int, token: str, node_id: str
+    ) -> tuple[str, str] | None:
+        """Make a node the finaliser of a sealed iteration.
+
+        Args:
+            number: the iteration.
+            attempt: its attempt.
+            token: of the finaliser that is gone, "" if there was none.
+            node_id: the node.
+
+        Returns:
+            Its token and the digest of the candidate that is recorded, or ""; None if the state is another one.
+        """
+        arguments: list[Argument] = [number, attempt, token, node_id]
+        answer = await self.redis.script("claim_reduction", [self.keys.status], arguments)
+        return (answer[0].decode(), answer[1].decode()) if answer else None
+
+    async def reopen(
+        self, number: int, attempt: int, *, phase: Phase, token: str, ledgers: Sequence[str]
+    ) -> int | None:
+        """Collect again without the updates of lost ledgers, by compare-and-set.
+
+        Returns:
+            How many updates were lost with them; None if the state is another one.
+        """
+        names = [self.keys.status, self.keys.clients(number), self.keys.uploads(number), self.keys.ledgers]
+        arguments: list[Argument] = [
+            self._channel,
+            number,
+            attempt,
+            phase.value,
+            token,
+            self._job_ttl,
+            *ledgers,
+        ]
+        done, lost = await self.redis.script("reopen", names, arguments)
+        return int(lost) if done else None
 
     async def advance(
         self,
         number: int,
         attempt: int,
         *,
+        phase: Phase,
         success: bool,
         result: str,
         finishes: bool,
-        phase: Phase | None = None,
+        token: str = "",
+        base: str = "",
     ) -> bool:
         """End iteration ``number`` and open the next by compare-and-set; False if the state is another one.
 
         Args:
             number: the iteration that ends.
             attempt: its attempt.
+            phase: the phase it must be in.
             success: whether it made a model.
             result: why it ended.
             finishes: whether the job ends with it.
-            phase: the phase it must be in, None for any.
+            token: of the finaliser, "" before there is one.
+            base: digest of the new model, "" if the one before stays.
+        """
+        names = [self.keys.status, self.keys.clients(number), self.keys.uploads(number), self.keys.ledgers]
+        arguments: list[Argument] = [self._channel, number, attempt, phase.value, token, number + 1]
+        arguments += [int(success), result, int(finishes), base, self._job_ttl, keys.RELEASE_TTL_S]
+        return bool(await self.redis.script("advance", names, arguments))
+
+    async def forget_interruption(self) -> None:
+        """Let the next time that the job is disabled end an iteration again."""
+        await self.redis.command("HDEL", self.keys.status, "disabled")
+
+    async def finish(self, number: int) -> bool:
+        """Say that the job's last iteration, the one before ``number``, is over; False if the state is another one."""
+        return bool(await self.redis.script("finish", [self.keys.status], [self._channel, number]))
+
+    async def rebase(self, number: int, before: str, after: str, *, result: str, finishes: bool) -> Rebased:
+        """Make another model the one that devices train from, by compare-and-set of its digest.
+
+        For a cluster in which nobody has the model any more that the shared state names. An iteration whose clients
+        have begun with that one ends as failed.
+
+        Args:
+            number: the iteration.
+            before: digest that is named now.
+            after: digest of the model that takes its place.
+            result: why the iteration ends, if it does.
+            finishes: whether the job ends with it.
         """
         names = [self.keys.status, self.keys.clients(number), self.keys.uploads(number)]
-        arguments: list[Argument] = [number, attempt, number + 1, int(success), result, int(finishes)]
-        arguments += [self._job_ttl, keys.RELEASE_TTL_S, "" if phase is None else phase.value]
-        return bool(await self.redis.script("advance", names, arguments))
+        arguments: list[Argument] = [self._channel, number, before, after, number + 1, result]
+        arguments += [int(finishes), keys.RELEASE_TTL_S]
+        return Rebased((await self.redis.script("rebase", names, arguments)).decode())
 
     async def offer_hyper_parameters(self, values: Mapping[str, object]) -> None:
         """Write the hyper-parameters unless another server has."""
         text = json.dumps(values, sort_keys=True)
         await self.redis.command("SET", self.keys.hyper_params, text, "EX", self._job_ttl, "NX")
 
-    async def hyper_parameters(self) -> dict[str, object] | None:
-        """Return the shared hyper-parameters, or None if there are none."""
-        text = await self.redis.command("GET", self.keys.hyper_params)
-        return None if text is None else json.loads(text)
+    async def offer_model_info(self, text: str) -> bytes:
+        """Write the description of the model unless another server has; return the one that counts."""
+        key = keys.model_info(self.keys.fl_name)
+        await self.redis.command("SET", key, text, "EX", self._job_ttl, "NX")
+        shared = await self.redis.command("GET", key)
+        return text.encode() if shared is None else bytes(shared)
 
     async def heartbeat(self, role: str, node_id: str, address: str) -> None:
         """Say that a node lives; to be repeated well within ten seconds."""
@@ -349,6 +511,18 @@ class ClusterState:
             self.keys.hyper_params,
         ]
         await self.redis.script("heartbeat", names, [node_id, address, keys.HEARTBEAT_TTL_S, self._job_ttl])
+
+    async def announce_release(self) -> None:
+        """Tell the siblings of this server that its ledger may be adopted."""
+        await self.redis.command("PUBLISH", self._channel, "released")
+
+    async def announce_join(self) -> None:
+        """Tell the other servers that there is one more."""
+        await self.redis.command("PUBLISH", self._channel, "joined")
+
+    async def announce_loss(self) -> None:
+        """Tell the other servers that Redis has forgotten what they may hold, too."""
+        await self.redis.command("PUBLISH", self._channel, "forgotten")
 
     async def leave(self, role: str, node_id: str) -> None:
         """Take a node off the list."""
@@ -372,3 +546,41 @@ class ClusterState:
             raise LedgerRevoked("the ledger belongs to another server")
         if word == b"lapsed":
             raise LeaseLapsed("the server's heartbeat has run out")
+
+
+def _snapshot(answer: Sequence[bytes | int]) -> Snapshot:
+    """Read the state that read_status.lua tells, its name taken off."""
+    now_ms, selected, uploaded = (int(part) for part in answer[:3])
+    raw = dict(zip(answer[3::2], answer[4::2], strict=True))  # others' fields need not be text
+
+    def text(field: str, default: str = "") -> str:
+        value = raw.get(field.encode())
+        return default if value is None else value.decode()  # type: ignore[union-attr]
+
+    def ago(field: str) -> float | None:
+        moment = text(field)
+        return (now_ms - int(moment)) / 1000 if moment else None
+
+    iteration = Iteration(
+        number=int(text("iterationNum")),
+        attempt=int(text("attempt", "1")),
+        phase=Phase(text("phase", Phase.COLLECTING)),
+        running=RunningState(int(text("runningState", "0"))),
+        selected=selected,
+        uploaded=uploaded,
+        token=text("token"),
+        digest=text("digest"),
+        base=text("base"),
+        lost=int(text("lost", "0")),
+        interrupted=text("disabled") == "1",
+    )
+    return Snapshot(
+        iteration,
+        ago("startedMs"),
+        ago("firstUploadMs"),
+        ago("sealedMs"),
+        int(text("fence", "0")),
+        int(text("epoch", "0")),
+        text("lastIterationSuccess") == "1",
+        text("lastIterationResult"),
+    )

@@ -7,18 +7,23 @@
     P server:Hash                                   hash    job        node id -> ip:port; each server
     P server:heartbeat:{node}:String                string  10 s       ip:port; each server, every second
     P worker:Hash, P worker:heartbeat:{id}:String   as server           each worker
-    P waiting:ZSet                                  zset    as needed  refused fl_id -> when it is told to return (ms)
-    P ledgers:Hash                                  hash    job        ledger id -> node id of its owner; scripts
-    I clients:Hash                                  hash    iteration  fl_id -> "data_size,eval_data_size,start_ms"
-    I uploads:Hash                                  hash    iteration  fl_id -> id of the ledger that holds the update
+    ms_fl:{fl}:ModelInfo:String                     string  job        names and sizes of the weights; first server
+    P waiting:ZSet                                  zset    as needed  refused client -> when it is told to return (ms)
+    P ledgers:Hash                                  hash    job        ledger id -> node id of its owner, or "revoked"
+    I clients:Hash                                  hash    iteration  client -> "data_size,eval_data_size,start_ms"
+    I uploads:Hash                                  hash    iteration  client -> id of the ledger that holds its update
+    ms_fl:{fl}:changes                              channel -          a word when others should look; scripts
 
-with P = ms_fl:{fl}:{instance}: and I = P{iteration}:. The names down to worker:Hash are those that the workers and
-schedulers of MindSpore Federated 0.1 read; ``waiting``, ``ledgers``, ``clients`` and ``uploads`` are fedcore's own.
+with P = ms_fl:{fl}:{instance}: and I = P{iteration}:. The names down to worker:Hash, and ModelInfo, are those that
+the workers and schedulers of MindSpore Federated 0.1 read; the others are fedcore's own. A client is named by its key
+(core/client_key.py), which a ledger knows too: so what Redis forgets can be brought back from the ledgers.
 
 Fields of status:Hash. Theirs: iterationNum, lastIterationSuccess ("0"/"1"), lastIterationResult, runningState.
-Ours: attempt, phase, token (of the server that reduces), digest (of the candidate model), startedMs and
-firstUploadMs (of this iteration, by Redis' clock). A status that was written by the original lacks ours, and
-runningState may be missing: it then counts as running, collecting, in its first attempt.
+Ours: attempt, phase, token (of the finaliser, see claim_reduction.lua), fence (number of the last token), digest (of
+the candidate model), base (digest of the model that devices train from), lost (updates of this iteration that were
+counted and then lost), disabled ("1" once a disabled job's iteration was ended), epoch (how many instances the job had
+before), and startedMs, firstUploadMs, sealedMs (of this iteration, by Redis' clock). A status that was written by the
+original lacks ours, and runningState may be missing: it then counts as running, collecting, in its first attempt.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 HEARTBEAT_TTL_S = 10
+REVOKED = "revoked"  # owner of a ledger whose updates were given up
 RELEASE_TTL_S = 60  # an ended iteration's clients and uploads still answer late repeats for this long
 _WEEK_S = 604_800
 _ITERATION_SLACK_S = 1_800
@@ -34,6 +40,16 @@ _ITERATION_SLACK_S = 1_800
 def instance_name(fl_name: str) -> str:
     """Key of the name of the job's current instance."""
     return f"ms_fl:{fl_name}:InstanceName:String"
+
+
+def model_info(fl_name: str) -> str:
+    """Key of the names and sizes of the job's weights."""
+    return f"ms_fl:{fl_name}:ModelInfo:String"
+
+
+def changes(fl_name: str) -> str:
+    """Channel that tells of every change of the job's status."""
+    return f"ms_fl:{fl_name}:changes"
 
 
 def job_ttl(global_window_ms: int) -> int:

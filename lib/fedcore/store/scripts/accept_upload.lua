@@ -1,13 +1,15 @@
 -- Count an update, at most once, and never beyond the quorum. The only permission to answer 200.
 -- KEYS: status hash, clients hash, uploads hash (both of iteration ARGV[1]), uploads hash of the request's iteration,
---       ledgers hash, heartbeat of the server
--- ARGV: the server's iteration, its attempt, the request's iteration, fl_id, quorum, ledger id,
---       1 if the weights may count, lifetime in seconds, node id of the server
--- Returns {word, number, text}: "missing"; "closed" (another iteration or attempt: number is the current iteration);
+--       ledgers hash, heartbeat of the server, name of the job's instance
+-- ARGV: the server's iteration, its attempt, the request's iteration, client, quorum, ledger id,
+--       1 if the weights may count, lifetime in seconds, node id of the server, the server's instance
+-- Returns {word, number, text}: "missing" (or the job has another instance); "closed" (another iteration or attempt: number is the current iteration);
 -- "revoked" (the ledger is not the server's), "lapsed" (the server's lease has run out);
 -- "repeated" (text is the ledger that holds it), "full", "unknown", "other", "unfit", or "accepted" (number is the
--- count, text the client's meta). A repeat by the same ledger is accepted again, even while the job is disabled: its
--- owner knows whether it has kept the update, or lost the first reply.
+-- count, text the client's meta). A repeat by the same ledger is accepted again, even in a later attempt or while the job
+-- is disabled: its owner knows whether it has kept the update, or lost the first reply.
+local name = redis.call('GET', KEYS[7])
+if name and name ~= ARGV[10] then return {'missing', 0, ''} end
 local holder = redis.call('HGET', KEYS[4], ARGV[4])
 if holder and (holder ~= ARGV[6] or ARGV[3] ~= ARGV[1]) then return {'repeated', 0, holder} end
 if redis.call('HGET', KEYS[5], ARGV[6]) ~= ARGV[9] then return {'revoked', 0, ''} end
@@ -15,10 +17,10 @@ if redis.call('EXISTS', KEYS[6]) == 0 then return {'lapsed', 0, ''} end
 local number, attempt, phase, state =
   unpack(redis.call('HMGET', KEYS[1], 'iterationNum', 'attempt', 'phase', 'runningState'))
 if not number then return {'missing', 0, ''} end
-if number ~= ARGV[1] or (attempt or '1') ~= ARGV[2] then return {'closed', tonumber(number), ''} end
+if number ~= ARGV[1] then return {'closed', tonumber(number), ''} end
 local count = redis.call('HLEN', KEYS[3])
 if holder then return {'accepted', count, redis.call('HGET', KEYS[2], ARGV[4])} end
-if (state or '0') ~= '0' then return {'closed', tonumber(number), ''} end
+if (attempt or '1') ~= ARGV[2] or (state or '0') ~= '0' then return {'closed', tonumber(number), ''} end
 if count >= tonumber(ARGV[5]) or (phase or 'collecting') ~= 'collecting' then return {'full', count, ''} end
 local meta = redis.call('HGET', KEYS[2], ARGV[4])
 if not meta then return {'unknown', count, ''} end

@@ -1,10 +1,13 @@
 -- The state of job and iteration in one atomic look.
--- KEYS[1] status hash   ARGV[1] key prefix of the instance
--- Returns {} if there is no status, else {redis time in ms, clients, uploads, field, value, field, value, ...}.
+-- KEYS: status hash, name of the job's instance   ARGV[1] key prefix of the caller's instance
+-- Returns {name of the job's instance or ""} if there is no status, else
+-- {name, redis time in ms, clients, uploads, field, value, field, value, ...}.
+local name = redis.call('GET', KEYS[2]) or ''
 local number = redis.call('HGET', KEYS[1], 'iterationNum')
-if not number then return {} end
+if not number then return {name} end
 local now = redis.call('TIME')
 local answer = {
+  name,
   now[1] * 1000 + math.floor(now[2] / 1000),
   redis.call('HLEN', ARGV[1] .. number .. ':clients:Hash'),
   redis.call('HLEN', ARGV[1] .. number .. ':uploads:Hash'),

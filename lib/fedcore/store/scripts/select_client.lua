@@ -1,13 +1,16 @@
 -- Give a client a place in the current iteration, at most once, and never more places than there are.
--- KEYS: status hash, clients hash, uploads hash, waiting zset (clients and uploads of iteration ARGV[1])
--- ARGV: iteration, fl_id, meta, places, 1 if the request may have a place, lifetime in seconds,
+-- KEYS: status hash, clients hash, uploads hash, waiting zset (clients and uploads of iteration ARGV[1]), name of the
+--       job's instance
+-- ARGV: iteration, client, meta, places, 1 if the request may have a place, lifetime in seconds,
 --       when a refused client is told to return, how long before that its place is kept free, and how long after
---       (all three in milliseconds; the first from now on)
--- Returns {word, number}: "missing"; "closed" (not collecting, or another iteration: number is the current one);
+--       (all three in milliseconds; the first from now on), the server's instance
+-- Returns {word, number}: "missing" (or the job has another instance); "closed" (not collecting, or another iteration: number is the current one);
 -- "known" (a repeat), "uploaded", "full", "reserved" (full, and this client was refused before), "unfit", or
 -- "selected" (number is the count).
 -- A client refused for want of a place waits in the zset under the time of its return. Others leave it its place
 -- around that time.
+local name = redis.call('GET', KEYS[5])
+if name and name ~= ARGV[10] then return {'missing', 0} end
 local number, phase, state = unpack(redis.call('HMGET', KEYS[1], 'iterationNum', 'phase', 'runningState'))
 if not number then return {'missing', 0} end
 if number ~= ARGV[1] or (state or '0') ~= '0' then return {'closed', tonumber(number)} end

@@ -1,0 +1,37 @@
+-- Undo the seal of an iteration that lost updates, or drop those that a collecting one lost: the clients of the lost
+-- ledgers are taken off, so that their places are free, and the next attempt begins. The clocks of the rounds stood
+-- still while the iteration was sealed.
+-- KEYS: status hash, clients hash, uploads hash, ledgers hash
+-- ARGV: channel for notices, iteration, attempt, expected phase, expected token, lifetime of the ledgers hash in seconds,
+--       ledger id, ...
+-- Returns {1, updates lost}, or {0, 0} if the state is another one. The ledgers are revoked: nobody may use them again.
+local number, attempt, phase, token, state, sealed, started, first = unpack(redis.call('HMGET', KEYS[1], 'iterationNum',
+  'attempt', 'phase', 'token', 'runningState', 'sealedMs', 'startedMs', 'firstUploadMs'))
+if number ~= ARGV[2] or (attempt or '1') ~= ARGV[3] or (state or '0') ~= '0' then return {0, 0} end
+if (phase or 'collecting') ~= ARGV[4] or (token or '') ~= ARGV[5] then return {0, 0} end
+
+local gone, lost = {}, 0
+for i = 7, #ARGV do
+  gone[ARGV[i]] = true
+  redis.call('HSET', KEYS[4], ARGV[i], 'revoked')
+end
+redis.call('EXPIRE', KEYS[4], ARGV[6])
+local uploads = redis.call('HGETALL', KEYS[3])
+for i = 1, #uploads, 2 do
+  if gone[uploads[i + 1]] then
+    redis.call('HDEL', KEYS[2], uploads[i])
+    redis.call('HDEL', KEYS[3], uploads[i])
+    lost = lost + 1
+  end
+end
+if sealed then
+  local time = redis.call('TIME')
+  local stood = time[1] * 1000 + math.floor(time[2] / 1000) - sealed
+  if started then redis.call('HSET', KEYS[1], 'startedMs', started + stood) end
+  if first then redis.call('HSET', KEYS[1], 'firstUploadMs', first + stood) end
+end
+redis.call('HINCRBY', KEYS[1], 'lost', lost)
+redis.call('HSET', KEYS[1], 'attempt', ARGV[3] + 1, 'phase', 'collecting')
+redis.call('HDEL', KEYS[1], 'token', 'digest', 'sealedMs')
+redis.call('PUBLISH', ARGV[1], 'reopened')
+return {1, lost}
