@@ -24,6 +24,7 @@ test: ## all tests
 soak: ## the crash and replay tests for longer:  make soak SECONDS=3600
 	$(INSTALL) dev.lock torch.txt
 	@FEDCORE_SOAK=$(or $(SECONDS),300) $(BIN)/python -m pytest -s tests/integration/test_crashes.py $(ARGS)
+	@FEDCORE_SOAK=$(or $(SECONDS),300) $(BIN)/python -m pytest -s tests/integration/test_random_faults.py tests/model/test_iteration_model.py $(ARGS)
 	@FEDCORE_SOAK=10 $(BIN)/python -m pytest tests/unit/ledger tests/model/test_ledger_model.py -n $(TESTERS) $(ARGS)
 
 lint: ## style, format, types, direction of imports

@@ -21,6 +21,7 @@ from fedcore.observe.metrics import ServerMetrics
 from fedcore.services.admin import admin_site
 from fedcore.services.callbacks import Callback
 from fedcore.services.server import Server, ServerOptions
+from fedcore.store.keys import changes
 from fldaemons import launch
 
 EXAMPLES = """
@@ -105,13 +106,23 @@ def build(options: dict[str, Any], callback: Callback, reactor: Any) -> launch.D
     if options["check_config"]:
         click.echo(f"{path}: the configuration is good")
         return None
+    if settings.enable_ssl:
+        launch.log.warn(
+            "enable_ssl does not cover the node channel in this version: keep its port inside the subnet"
+        )
     readiness = Readiness(server.checks())
-    return launch.Daemon(
+    notices = launch.notices_of(settings, server.driver.heard, reactor)
+    notices.follow(changes(settings.fl_name))
+    daemon = launch.Daemon(
         [
             launch.Listener("device API", http, server.site, context),
+            launch.Listener("node channel", server.node_address, server.node_listener, stays=True),
             launch.Listener("admin", admin, admin_site(readiness, metrics)),
         ],
-        server.services,
+        [*server.services, notices],
         server.started,
         server.drain,
     )
+    server.driver.on_fatal = daemon.give_up
+    server.driver.on_leave = daemon.leave
+    return daemon

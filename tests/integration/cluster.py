@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import http.client
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +64,27 @@ def instance_ports() -> list[int]:
             return [base, base + INSTANCES, base + 2 * INSTANCES]
 
 
+@dataclass(frozen=True)
+class Host:
+    """A machine of a test: what its servers share, and servers elsewhere do not see.
+
+    Attributes:
+        address: of the loopback network; other nodes reach its servers there.
+        checkpoints: folder of models.
+        ledgers: folder of update ledgers.
+    """
+
+    address: str
+    checkpoints: Path
+    ledgers: Path
+
+
 class Cluster:
-    """One job: its Redis, one server, one scheduler if asked for."""
+    """One job: its Redis, one server, one scheduler if asked for; or several servers, numbered, on hosts.
+
+    A numbered server listens for devices and operators on the configured ports + its number, all of 127.0.0.1, and
+    for other nodes at its host's address. ``at(n)`` is the cluster as a device sees it that talks to server n.
+    """
 
     def __init__(
         self, directory: Path, *, fedcore: Mapping[str, Any] | None = None, **overrides: Any
@@ -72,6 +94,7 @@ class Cluster:
         self.redis_port, self.manage, self.scheduler_admin = free_ports(3)
         self.http, self.admin, self.tcp = instance_ports()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.own: dict[int, Mapping[str, Any]] = {}  # number of a server -> sections where its file differs
         windows = {
             "start_fl_job_threshold": 2,
             "start_fl_job_time_window": 30000,
@@ -104,6 +127,7 @@ class Cluster:
         }
         for section, values in (fedcore or {}).items():
             settings["fedcore"].setdefault(section, {}).update(values)
+        self.settings = settings
         self.yaml = directory / "fl.yaml"
         self.yaml.write_text(yaml.safe_dump(settings))
         write_model(directory / "model.safetensors", WEIGHTS, set(), {})
@@ -140,11 +164,17 @@ class Cluster:
         return (self.directory / f"{name}.log").read_text()
 
     def start_redis(self, *, keep: bool = False) -> None:
-        """Start Redis; with ``keep`` it loads and saves its data."""
+        """Start Redis; with ``keep`` it loads and saves its data: stop it with SIGTERM to lose nothing."""
         save = ["--appendonly", "yes"] if keep else ["--save", "", "--appendonly", "no"]
         port = str(self.redis_port)
         self.spawn("redis", str(find_redis_server()), "--port", port, "--bind", "127.0.0.1", *save)
         wait_until(lambda: self.redis("PING") == b"+PONG", "Redis answers")
+
+    def use_redis(self, port: int) -> None:
+        """Let the job have a Redis that runs already."""
+        self.redis_port = port
+        self.settings["distributed_cache"]["address"] = f"127.0.0.1:{port}"
+        self.yaml.write_text(yaml.safe_dump(self.settings))
 
     def redis(self, *words: str) -> bytes | None:
         """Send one inline command to Redis; return the first line of its answer, None if it is not there."""
@@ -154,6 +184,14 @@ class Cluster:
                 return connection.makefile("rb").readline().rstrip(b"\r\n")
         except OSError:
             return None
+
+    def wipe_redis(self) -> None:
+        """End Redis at once and start it empty; it saves its data from then on."""
+        self.kill("redis")
+        shutil.rmtree(self.directory / "appendonlydir", ignore_errors=True)
+        for name in ("appendonly.aof", "dump.rdb"):
+            (self.directory / name).unlink(missing_ok=True)
+        self.start_redis(keep=True)
 
     def start_server(self, *options: str, ready: bool = True, env: Mapping[str, str] | None = None) -> None:
         """Start fl-serverd; wait until it is ready, or only until it listens."""
@@ -170,6 +208,71 @@ class Cluster:
             wait_until(
                 lambda: self.get_http(self.scheduler_admin, "/readyz")[0] == 200, "the scheduler is ready"
             )
+
+    # ---- several servers
+
+    def host(self, number: int) -> Host:
+        """Return a machine of its own, number 0 to 199."""
+        folder = self.directory / f"host-{number}"
+        return Host(f"127.0.0.{2 + number}", folder / "checkpoints", folder / "ledgers")
+
+    def start_server_on(
+        self,
+        host: Host,
+        n: int,
+        *options: str,
+        redis_port: int | None = None,
+        ready: bool = True,
+        env: Mapping[str, str] | None = None,
+    ) -> str:
+        """Start server ``n``, 0 to INSTANCES - 1, on a host; return the name of its process and its log.
+
+        Args:
+            host: where; servers of one host share its folders.
+            n: number in the whole cluster.
+            options: more of the command line, such as ``--model FILE``.
+            redis_port: where this server looks for Redis, if not at its own port.
+            ready: wait until it is ready.
+            env: more environment.
+        """
+        assert 0 <= n < INSTANCES
+        host.checkpoints.mkdir(parents=True, exist_ok=True)
+        name = self.name(n)
+        self.spawn(
+            name,
+            *self.command("serverd"),
+            *("--yaml-config", str(self.yaml_of(n, redis_port or self.redis_port)), "--instance", str(n)),
+            *("--tcp-server-ip", host.address, "--ledger-dir", str(host.ledgers)),
+            *("--checkpoint-dir", str(host.checkpoints)),
+            *options,
+            env=env,
+        )
+        if ready:
+            self.wait_listening(self.admin + n, name)
+            wait_until(lambda: self.ready(n), f"{name} is ready")
+        return name
+
+    @staticmethod
+    def name(n: int) -> str:
+        """Return the name of a numbered server's process and log."""
+        return f"server-{n}"
+
+    def yaml_of(self, n: int, redis_port: int) -> Path:
+        """Write the configuration of a server that sees Redis at a port of its own."""
+        path = self.directory / f"fl-{n}.yaml"
+        cache = self.settings["distributed_cache"] | {"address": f"127.0.0.1:{redis_port}"}
+        settings = copy.deepcopy(self.settings | {"distributed_cache": cache})
+        for section, values in self.own.get(n, {}).items():
+            merged = settings.get(section, {}) | values if isinstance(values, dict) else values
+            settings[section] = merged
+        path.write_text(yaml.safe_dump(settings))
+        return path
+
+    def at(self, n: int) -> Cluster:
+        """Return this cluster as seen by who talks to server ``n``: requests, readiness and metrics are its own."""
+        view = copy.copy(self)
+        view.http, view.admin, view.tcp = self.http + n, self.admin + n, self.tcp + n
+        return view
 
     @staticmethod
     def command(daemon: str) -> tuple[str, ...]:
@@ -191,6 +294,14 @@ class Cluster:
         process.send_signal(number)
         return process.wait(DEADLINE_S)
 
+    def pause(self, name: str) -> None:
+        """Let a process stand still; the kernel goes on taking connections for it."""
+        self.processes[name].send_signal(signal.SIGSTOP)
+
+    def resume(self, name: str) -> None:
+        """Let a paused process go on."""
+        self.processes[name].send_signal(signal.SIGCONT)
+
     # ---- looking
 
     @staticmethod
@@ -204,9 +315,19 @@ class Cluster:
         except (OSError, http.client.HTTPException):
             return None
 
-    def ready(self) -> bool:
-        """Tell whether the server says that it is ready."""
-        answer = self.get_http(self.admin, "/readyz")
+    def operate(self, path: str, values: Mapping[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        """Ask the scheduler to do something; return the status and the answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.manage, timeout=15)
+        try:
+            connection.request("POST", f"/{path}", None if values is None else json.dumps(values))
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+        finally:
+            connection.close()
+
+    def ready(self, n: int = 0) -> bool:
+        """Tell whether the server, or server ``n``, says that it is ready."""
+        answer = self.get_http(self.admin + n, "/readyz")
         return answer is not None and answer[0] == 200
 
     def not_ready_because(self) -> dict[str, str]:
@@ -215,9 +336,9 @@ class Cluster:
         assert answer is not None
         return json.loads(answer[1])["reasons"]
 
-    def metric(self, line: str) -> float:
-        """Return the value of a metric, by its name and labels as written."""
-        answer = self.get_http(self.admin, "/metrics")
+    def metric(self, line: str, n: int = 0) -> float:
+        """Return the value of a metric of the server, or of server ``n``, by its name and labels as written."""
+        answer = self.get_http(self.admin + n, "/metrics")
         assert answer is not None
         for row in answer[1].decode().splitlines():
             if row.startswith(line + " "):

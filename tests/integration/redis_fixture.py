@@ -12,8 +12,8 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from zope.interface import implementer
 
 from fedcore.net.reactor import follow_monotonic_clock
 from fedcore.store.redis import Redis
-from fedctl.processes import HOST, Child, Family, NoRedis, find_redis_server, reserved_ports
+from fedctl.processes import HOST, Child, Family, NoRedis, find_redis_server, reserved_ports, wait_until
 
 DEADLINE_S = 20.0
 T = TypeVar("T")
@@ -59,11 +59,21 @@ class ReactorThread:
 
 
 class PrivateRedis:
-    """A redis-server on a port of its own, its data in a folder of its own."""
+    """A redis-server on a port of its own, its data in a folder of its own.
 
-    def __init__(self, family: Family, port: int, directory: Path) -> None:
+    Args:
+        family: takes the process in.
+        port: of 127.0.0.1, reserved.
+        directory: for its data.
+        options: of its configuration, on top of the usual ones.
+    """
+
+    def __init__(
+        self, family: Family, port: int, directory: Path, options: Mapping[str, str | int] | None = None
+    ) -> None:
         self.port = port
         self.directory = directory
+        self.options = dict(options or {})
         self._family = family
         self._child: Child | None = None
 
@@ -77,10 +87,15 @@ class PrivateRedis:
             "appendonly": "yes",
             "save": "",
             "daemonize": "no",
+            **self.options,
         }
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        words = [word for name, value in options.items() for word in (f"--{name}", *str(value).split(" "))]
         self._child = self._family.start(f"redis-{self.port}", [str(find_redis_server()), *words])
-        self._family.wait_for(self._child, lambda: self.ask("PING") == "+PONG", "PONG")
+        self._family.wait_for(self._child, self._answers, "PONG")
+
+    def _answers(self) -> bool:
+        """An answer is enough; with a password it is NOAUTH."""
+        return self.ask("PING").startswith(("+PONG", "-NOAUTH"))
 
     def stop(self, *, keep: bool) -> None:
         """End it at once; without ``keep`` its data are gone."""
@@ -107,11 +122,14 @@ class PrivateRedis:
 
     def ask(self, *words: str | bytes) -> str:
         """Send one command on a connection of its own; return the first line of the answer."""
-        parts = [word.encode() if isinstance(word, str) else word for word in words]
-        command = b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)
+        return ask(self.port, *words)
+
+    def info(self, section: str, name: str) -> str:
+        """Return one value of INFO."""
         with socket.create_connection((HOST, self.port), timeout=5.0) as connection:
-            connection.sendall(command)
-            return connection.makefile("rb").readline().decode().rstrip()
+            connection.sendall(b"INFO %b\r\nQUIT\r\n" % section.encode())
+            lines = connection.makefile("rb").read().decode().splitlines()
+        return next((line.partition(":")[2] for line in lines if line.startswith(f"{name}:")), "")
 
     def end(self) -> None:
         """End it for good."""
@@ -120,21 +138,165 @@ class PrivateRedis:
                 self._child.kill()
 
 
-@contextmanager
-def private_redis(directory: Path, *, started: bool = True) -> Iterator[PrivateRedis]:
-    """Run a redis-server; where there is none, fail with the line that says how to get one."""
+def ask(port: int, *words: str | bytes) -> str:
+    """Send one command to a Redis or Sentinel on a connection of its own; return the first line of the answer."""
+    parts = [word.encode() if isinstance(word, str) else word for word in words]
+    command = b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)
+    with socket.create_connection((HOST, port), timeout=5.0) as connection:
+        connection.sendall(command)
+        return connection.makefile("rb").readline().decode().rstrip()
+
+
+def the_redis_server() -> str:
+    """Return the program; where there is none, fail with the line that says how to get one."""
     try:
-        find_redis_server()
+        return str(find_redis_server())
     except NoRedis as error:
         pytest.fail(str(error), pytrace=False)
+
+
+@contextmanager
+def private_redis(
+    directory: Path, *, started: bool = True, options: Mapping[str, str | int] | None = None
+) -> Iterator[PrivateRedis]:
+    """Run a redis-server; where there is none, fail with the line that says how to get one."""
+    the_redis_server()
     with reserved_ports(1) as (port,), Family(directory) as family:
-        server = PrivateRedis(family, port, directory / "data")
+        server = PrivateRedis(family, port, directory / "data", options)
         if started:
             server.start()
         try:
             yield server
         finally:
             server.end()
+
+
+def start_sentinel(
+    family: Family, directory: Path, port: int, master_port: int, name: str = "fl", quorum: int = 1
+) -> Child:
+    """Start a Sentinel and wait until it answers; its file, which it writes itself later, says whom it watches."""
+    file = directory / f"sentinel-{port}.conf"
+    if not file.exists():
+        file.write_text(
+            f"bind {HOST}\nport {port}\ndir {directory}\n"
+            f"sentinel monitor {name} {HOST} {master_port} {quorum}\n"
+            f"sentinel down-after-milliseconds {name} 1000\n"
+            f"sentinel failover-timeout {name} 5000\n"
+        )
+    child = family.start(f"sentinel-{port}", [the_redis_server(), str(file), "--sentinel"])
+    family.wait_for(child, lambda: ask(port, "PING") == "+PONG", "PONG")
+    return child
+
+
+class SentinelGroup:
+    """A master, a replica and a Sentinel that makes the replica the master when the master is gone.
+
+    Attributes:
+        master_name: what the Sentinel calls the master.
+        sentinel_port: of the Sentinel.
+        first: the redis-server that is the master at first.
+        second: the one that is its replica at first.
+    """
+
+    master_name = "fl"
+
+    def __init__(self, family: Family, directory: Path, ports: list[int]) -> None:
+        self.sentinel_port, first, second = ports
+        self.first = PrivateRedis(family, first, directory / "first")
+        self.second = PrivateRedis(family, second, directory / "second", {"replicaof": f"{HOST} {first}"})
+        self._family = family
+        self._directory = directory
+        self._sentinel: Child | None = None
+
+    @property
+    def sentinels(self) -> str:
+        """Their addresses, as fedcore.redis.sentinels takes them."""
+        return f"{HOST}:{self.sentinel_port}"
+
+    @property
+    def master_port(self) -> int:
+        """Port of the node that the Sentinel calls the master now."""
+        with socket.create_connection((HOST, self.sentinel_port), timeout=5.0) as connection:
+            connection.sendall(b"SENTINEL get-master-addr-by-name %b\r\n" % self.master_name.encode())
+            lines = connection.makefile("rb")
+            return int([lines.readline() for _ in range(5)][4])
+
+    @property
+    def master(self) -> PrivateRedis:
+        """The node that the Sentinel calls the master now."""
+        return self.first if self.master_port == self.first.port else self.second
+
+    def start(self) -> None:
+        """Start all three, and wait until the Sentinel could do its work."""
+        self.first.start()
+        self.second.start()
+        wait_until(lambda: self.second.info("replication", "master_link_status") == "up", "a replica in step")
+        self.start_sentinel()
+        wait_until(lambda: self._sentinel_knows("num-slaves") == "1", "a Sentinel that knows the replica")
+
+    def start_sentinel(self) -> None:
+        """Start the Sentinel with what its file says, which it writes itself after the first time."""
+        self._sentinel = start_sentinel(
+            self._family, self._directory, self.sentinel_port, self.first.port, self.master_name
+        )
+
+    def stop_sentinel(self) -> None:
+        """End the Sentinel at once."""
+        assert self._sentinel is not None
+        self._sentinel.kill()
+
+    def kill_master(self) -> PrivateRedis:
+        """End the master at once and return it; a Sentinel needs a second or two to name the other one."""
+        master = self.master
+        master.stop(keep=True)
+        return master
+
+    def fail_over(self) -> None:
+        """Let the Sentinel make the replica the master while the master lives."""
+        words = (
+            "SENTINEL",
+            "FAILOVER",
+            self.master_name,
+        )  # refused until it has looked at the replica closely
+        wait_until(lambda: ask(self.sentinel_port, *words) == "+OK", "a fail-over")
+
+    def _sentinel_knows(self, field: str) -> str:
+        with socket.create_connection((HOST, self.sentinel_port), timeout=5.0) as connection:
+            connection.sendall(b"SENTINEL master %b\r\n" % self.master_name.encode())
+            lines = connection.makefile("rb")
+            count = int(lines.readline().decode().strip().lstrip("*"))
+            words = [lines.readline().decode().strip() for _ in range(2 * count)][1::2]
+        return dict(zip(words[::2], words[1::2], strict=True))[field]
+
+    def end(self) -> None:
+        """End the servers for good; the family ends the Sentinel."""
+        self.first.end()
+        self.second.end()
+
+
+@contextmanager
+def sentinel_group(directory: Path) -> Iterator[SentinelGroup]:
+    """Run a master, a replica and a Sentinel (quorum 1, down after one second)."""
+    the_redis_server()
+    directory.mkdir(parents=True, exist_ok=True)
+    with reserved_ports(3) as ports, Family(directory) as family:
+        group = SentinelGroup(family, directory, ports)
+        try:
+            group.start()
+            yield group
+        finally:
+            group.end()
+
+
+@contextmanager
+def replicated_redis(directory: Path) -> Iterator[tuple[PrivateRedis, PrivateRedis]]:
+    """Run a master and a replica that follows it."""
+    with ExitStack() as stack:
+        master = stack.enter_context(private_redis(directory / "master"))
+        options = {"replicaof": f"{HOST} {master.port}"}
+        replica = stack.enter_context(private_redis(directory / "replica", options=options))
+        wait_until(lambda: replica.info("replication", "master_link_status") == "up", "a replica in step")
+        yield master, replica
 
 
 @implementer(IStreamClientEndpoint)
@@ -179,6 +341,7 @@ def redis_client(
             f"{HOST}:{port}",
             reply_timeout=reply_timeout,
             on_error=partial(noted.append, "failed"),
+            reactor=loop.reactor,
         )
         redis.startService()
         return redis

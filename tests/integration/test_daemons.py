@@ -240,6 +240,7 @@ class TestTls:
         text += (
             "ssl:\n  server_cert_path: server.p12\n  client_cert_path: server.p12\n  ca_cert_path: ca.crt\n"
             "  cipher_list: ECDHE-ECDSA-AES256-GCM-SHA384:DHE-RSA-AES256-SHA\n"
+            "fedcore.redis.tls: off\n"  # this Redis has none
         )
         cluster.yaml.write_text(text)
         cluster.start_redis()

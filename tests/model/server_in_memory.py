@@ -1,279 +1,644 @@
-"""The real driver, ledgers, intake and device rounds of one server; Redis, clock and thread are simulated.
+"""Real servers of one job, and around each of them Redis, node channel, clock and thread that go on when told to.
 
-Ledgers are real files in a directory of the test, checkpoints are kept in memory. A request to Redis is first sent,
-then executed, then answered; the connection may break at any of these moments. What is executed is
-``cluster.SharedState``, which tests/integration/test_store_model.py holds against the scripts.
+A server is put together as ``services.server`` does it: driver, ledgers, intake, device rounds, reduction, publication
+and what it does for its peers are real, and so are the ledgers' and checkpoints' files. A request to Redis is first
+sent, then executed, then answered; one to a peer is sent, delivered, handled and answered. At any of these moments
+something may break. What Redis executes is ``cluster.SharedState``, which tests/integration/test_store_model.py holds
+against the scripts. A peer's frames are those of ``net.node_listener``.
 """
 
 from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 from memory_reactor import MemoryReactor
-from model.cluster import Reserve, SharedState
+from model.cluster import Reserve, Seen, SharedState, Store, key_of
 from twisted.internet import defer
 
 from fedcore.config import Settings
-from fedcore.core.iteration import Phase, Policy, status_lost
+from fedcore.core.iteration import Iteration, Phase
 from fedcore.core.job import RunningState
+from fedcore.core.node_id import address_of, host_of
 from fedcore.errors import StoreUnavailable
 from fedcore.ledger.files import MappedFile
-from fedcore.ledger.layout import Shape
-from fedcore.ledger.ledger import Slot
+from fedcore.models import checkpoints
 from fedcore.models.history import ModelHistory
+from fedcore.net.node_client import Answer, PeerRefused, PeerTimeout, PeerUnreachable
+from fedcore.net.node_listener import NodeListener, Request
+from fedcore.observe.journal import Journal
 from fedcore.observe.metrics import ServerMetrics
 from fedcore.services.client_api import ClientApi
 from fedcore.services.heartbeat import Heartbeat
-from fedcore.services.iteration_driver import IterationDriver, IterationEnd, Job
+from fedcore.services.iteration_driver import IterationDriver, Parts
 from fedcore.services.ledgers import Ledgers
+from fedcore.services.loss import LossJudge
+from fedcore.services.node_api import NodeApi
+from fedcore.services.peers import Peers
+from fedcore.services.publication import Publication
+from fedcore.services.reduction import Reduction
+from fedcore.services.reporting import IterationEnd, Reporter
+from fedcore.services.terms import ledger_shape
 from fedcore.services.update_intake import UpdateIntake
 from fedcore.store.redis import Argument
 from fedcore.wire import codec
 from fedcore.wire.arrays import Layout, Weight
 from fedcore.wire.image import ImageTemplate, ModelImage
 from fedcore.wire.messages import FeatureMap, RequestFLJob, RequestUpdateModel, ResponseFLJob
+from fedcore.wire.node import FrameReader, Meta, PayloadKind
 
 CLIENTS = [f"c{i}" for i in range(6)]
 LAYOUT = Layout((Weight("who", (len(CLIENTS),)),))
 TEMPLATE = ImageTemplate(LAYOUT)
-LEASE_MS = 10_000
-SLOTS = 8
-BODY = 1024  # bytes; more than an update of this model takes
+FIRST_MODEL = TEMPLATE.image({"who": np.zeros(len(CLIENTS), np.float32)})
 HOLD_S = 8.0
+_LEASE_MS = 10_000
+_BIRTH = datetime(2026, 1, 1)
+_MAX_FRAME = 1 << 20
+_TIMES = ("startedMs", "firstUploadMs", "sealedMs")
 
 
-def updates_in(model: ModelImage) -> frozenset[str]:
-    """Each client's update is a vector of its own, so the mean tells whose updates are in it."""
-    return frozenset(CLIENTS[i] for i in np.flatnonzero(model.arrays["who"]))
+def trained(fl_id: str, iteration: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """What a client trains: a vector of its own, as long as the iteration's number."""
+    vector = np.zeros(len(CLIENTS), np.float32)
+    vector[CLIENTS.index(fl_id)] = iteration
+    return vector
+
+
+def content_of(model: ModelImage) -> tuple[int, frozenset[str]]:
+    """Tell of which iteration a model is, and whose updates are in it: each of them once, and nothing else."""
+    values = model.arrays["who"]
+    inside = np.flatnonzero(values)
+    if not len(inside):
+        return 0, frozenset()
+    number = round(float(values[inside[0]]) * len(inside))
+    expected = np.zeros(len(CLIENTS), np.float32)
+    expected[inside] = number / len(inside)
+    assert np.array_equal(values, expected), f"some update is in the model twice, or of another one: {values}"
+    return number, frozenset(CLIENTS[i] for i in inside)
 
 
 # ---- Redis
 
 
-class RecordedState(SharedState):
-    """The shared state of one job, and how its iterations ended.
+@dataclass(frozen=True)
+class End:
+    """How an iteration ended in Redis.
 
     Attributes:
-        names: plain keys.
-        beats: node id -> when its heart last beat.
-        lost: whether the data were lost and nobody has written a status since.
+        counted: keys of the clients whose updates were counted.
+        base: digest of the model that counts afterwards.
     """
 
-    def __init__(self, clock: Callable[[], float], on_end: Callable[[int, bool, str], None]) -> None:
-        super().__init__(clock)
-        self.names: dict[str, str] = {}
-        self.beats: dict[str, float] = {}
-        self.lost = False
-        self._on_end = on_end
+    success: bool
+    result: str
+    counted: frozenset[str]
+    base: str
 
-    def heartbeat(self, node_id: str) -> None:
-        self.beats[node_id] = self.clock()
 
-    def expire(self) -> None:
-        """Let leases run out."""
-        self.leases = {node for node, beat in self.beats.items() if self.clock() < beat + LEASE_MS}
+class RecordedState(SharedState):
+    """The shared state of one instance, which tells how its iterations end."""
 
-    def create(self, number: int, success: bool, result: str, running: RunningState) -> bool:
-        done = super().create(number, success, result, running)
-        if done and self.lost and result == status_lost(number - 1):
-            self._on_end(number - 1, success, result)
-        self.lost = self.lost and not done
-        return done
+    on_end: Callable[[int, End], None]
+    on_raise: Callable[[int], None]
 
-    def advance(
-        self, number: int, attempt: int, phase: Phase, success: bool, result: str, finishes: bool
-    ) -> bool:
-        done = super().advance(number, attempt, phase, success, result, finishes)
+    def _ended(self, number: int, success: bool, result: str) -> None:
+        assert self.status is not None
+        self.on_end(number, End(success, result, frozenset(self.uploads_of(number)), self.status.base))
+
+    def advance(self, number: int, *given: Any, **named: Any) -> bool:
+        done = super().advance(number, *given, **named)
         if done:
-            self._on_end(number, success, result)
+            assert self.status is not None
+            self._ended(number, self.status.success, self.status.result)
         return done
 
-    def wipe(self) -> None:
-        """Lose everything."""
-        self.status, self.lost = None, True
-        for kept in (self.clients, self.uploads, self.waiting, self.names, self.owners, self.beats):
-            kept.clear()  # type: ignore[attr-defined]
+    def disable(self) -> str:
+        number = 0 if self.status is None else self.status.number
+        word = super().disable()
+        if word in ("marked", "disabled"):
+            self._ended(number, False, "Disable instance")
+        return word
 
-    def run(self, name: str, keys: Sequence[str], words: Sequence[Argument]) -> Any:
+    def raise_status(self, known: Seen) -> str:
+        word = super().raise_status(known)
+        if word == "raised":
+            self.on_raise(known.iteration.number)
+        return word
+
+    def rebase(self, number: int, *given: Any) -> str:
+        word = super().rebase(number, *given)
+        if word == "ended":
+            assert self.status is not None
+            self._ended(number, self.status.success, self.status.result)
+        return word
+
+
+class RecordedStore(Store):
+    """All of Redis, asked as Redis is asked; and a standby that has what it had at some moment.
+
+    Attributes:
+        run: number of the process; another one after a fail-over.
+        texts: plain keys, but the instance's name.
+        ends: iteration -> how it ended.
+        forgotten: iterations whose end Redis has lost and was not told again.
+        standby: what the replica has, None if there is none; it catches up when somebody waits for it.
+        on_end: called with each iteration that ends.
+    """
+
+    def __init__(self, clock: Callable[[], float], told: Callable[[str], object]) -> None:
+        super().__init__(clock, told, _LEASE_MS)
+        self.texts: dict[str, str] = {}
+        self.ends: dict[int, End] = {}
+        self.forgotten: set[int] = set()
+        self.standby: RecordedStore | None = None
+        self.on_end: Callable[[int, End], None] = lambda number, end: None
+
+    def at(self, instance: str) -> RecordedState:
+        found = self.instances.get(instance)
+        if found is None:
+            found = RecordedState(self.clock, self.told, self.lease)
+            found.on_end, found.on_raise = self._ended, self._raised
+            self.instances[instance] = found
+        assert isinstance(found, RecordedState)
+        return found
+
+    @property
+    def now(self) -> RecordedState:
+        """The current instance."""
+        return self.at(self.name)
+
+    def _ended(self, number: int, end: End) -> None:
+        assert number not in self.ends or number in self.forgotten, f"iteration {number} ended twice"
+        self.forgotten.discard(number)
+        self.ends[number] = end
+        self.on_end(number, end)
+
+    def _raised(self, number: int) -> None:
+        """What was forgotten up to there is known again."""
+        self.forgotten = {lost for lost in self.forgotten if lost >= number}
+
+    def copy(self) -> RecordedStore:
+        other = super().copy()
+        assert isinstance(other, RecordedStore)
+        other.texts = dict(self.texts)
+        return other
+
+    def wait(self) -> bool:
+        """WAIT: have the replica catch up."""
+        self.standby = self.copy()
+        return True
+
+    def fail_over(self, standby: RecordedStore | None) -> None:
+        """Go on as the standby knows it; None: with nothing at all."""
+        self.run, self.standby = self.run + 1, None
+        kept = RecordedStore(self.clock, self.told) if standby is None else standby.copy()
+        self.name, self.texts, self.instances = kept.name, kept.texts, kept.instances
+        status = self.now.status if self.name else None
+        number = 0 if status is None else status.number
+        self.forgotten |= {ended for ended in self.ends if ended >= number}
+
+    # ---- scripts
+
+    def script(self, name: str, keys: Sequence[str], words: Sequence[Argument]) -> Any:
         """Run a script and answer as Redis does."""
-        self.expire()
-        match name:
-            case "read_status":
-                return self._read()
-            case "create_status":
-                _, number, success, result, running = words
-                return int(self.create(int(number), success == 1, str(result), RunningState(int(running))))
-            case "select_client":
-                number, fl_id, meta, places, fit, _, *reserve = words
-                word, count = self.select_client(
-                    int(number),
-                    str(fl_id),
-                    str(meta),
-                    int(places),
-                    fit == 1,
-                    Reserve(*(float(part) for part in reserve)),
-                )
-                return [word.encode(), count]
-            case "accept_upload":
-                number, attempt, requested, fl_id, quorum, ledger_id, fit, _, node_id = words
-                word, count, text = self.accept_upload(
-                    int(number),
-                    int(attempt),
-                    int(requested),
-                    str(fl_id),
-                    int(quorum),
-                    str(ledger_id),
-                    str(node_id),
-                    fit == 1,
-                )
-                return [word.encode(), count, text.encode()]
-            case "count_by_ledger":
-                counts = self.count_by_ledger(int(keys[0].split(":")[-3]))
-                return [part for ledger, count in counts.items() for part in (ledger.encode(), count)]
-            case "set_phase":
-                number, attempt, before, after, *fields = words
-                named = {str(key): str(value) for key, value in zip(fields[::2], fields[1::2], strict=True)}
-                return int(self.set_phase(int(number), int(attempt), Phase(before), Phase(after), **named))
-            case "advance":
-                number, attempt, _, success, result, finishes, _, _, phase = words
-                return int(
-                    self.advance(
-                        int(number), int(attempt), Phase(phase), success == 1, str(result), finishes == 1
-                    )
-                )
-            case "own_ledger":
-                ledger_id, node_id, before, _ = words
-                return int(self.own_ledger(str(ledger_id), str(node_id), str(before)))
-            case "heartbeat":
-                self.heartbeat(str(words[0]))
-                return 1
-        raise AssertionError(name)
+        if name == "read_status":
+            return self._read_status(str(words[0]).split(":")[2])
+        if name == "raise_status":
+            return self.raise_status(str(words[0]), self._known(words)).encode()
+        state = self.at(keys[0].split(":")[2])
+        plain = [word.decode() if isinstance(word, bytes) else word for word in words]
+        return getattr(self, f"_{name}")(state, keys, plain)
 
-    def _read(self) -> list[bytes | int]:
-        seen = self.read()
+    def _read_status(self, instance: str) -> list[bytes | int]:
+        name, seen = self.read(instance)
         if seen is None:
-            return []
-        status, clients, uploads = seen
-        fields = {
-            "iterationNum": status.number,
-            "attempt": status.attempt,
-            "phase": status.phase.value,
-            "runningState": int(status.running),
-            "lastIterationSuccess": int(status.success),
-            "lastIterationResult": status.result,
-            "token": status.token,
-            "digest": status.digest,
+            return [name.encode()]
+        now = seen.iteration
+        fields: dict[str, object] = {
+            "iterationNum": now.number,
+            "attempt": now.attempt,
+            "phase": now.phase.value,
+            "runningState": int(now.running),
+            "lastIterationSuccess": int(seen.success),
+            "lastIterationResult": seen.result,
+            "token": now.token,
+            "digest": now.digest,
+            "base": now.base,
+            "lost": now.lost,
+            "disabled": int(now.interrupted),
+            "fence": seen.fence,
+            "epoch": seen.epoch,
         }
-        if status.started is not None:
-            fields["startedMs"] = int(status.started)
-        if status.first_upload is not None:
-            fields["firstUploadMs"] = int(status.first_upload)
+        for field, moment in zip(_TIMES, (seen.started, seen.first_upload, seen.sealed), strict=True):
+            fields |= {} if moment is None else {field: int(moment)}
         flat = [part for item in fields.items() for part in (item[0].encode(), str(item[1]).encode())]
-        return [int(self.clock()), clients, uploads, *flat]
+        return [name.encode(), int(self.clock()), now.selected, now.uploaded, *flat]
 
-    def execute(self, *words: Argument) -> Any:
+    def _known(self, words: Sequence[Argument]) -> Seen:
+        """Read what raise_status.lua is told."""
+        _, epoch, _, _, _, number, attempt, phase, fence, started, first, sealed, *pairs = words
+        fields = dict(zip(pairs[::2], pairs[1::2], strict=True))
+
+        def moment(ago: Argument) -> float | None:
+            return None if ago == "" else self.clock() - int(ago)
+
+        iteration = Iteration(
+            int(number),
+            int(attempt),
+            Phase(phase),
+            RunningState(int(fields["runningState"])),
+            token=str(fields.get("token", "")),
+            digest=str(fields.get("digest", "")),
+            base=str(fields["base"]),
+            lost=int(fields["lost"]),
+            interrupted="disabled" in fields,
+        )
+        times = (moment(started), moment(first), moment(sealed))
+        success, result = fields["lastIterationSuccess"] == 1, str(fields["lastIterationResult"])
+        return Seen(iteration, *times, int(fence), int(epoch), success, result)
+
+    def _create_status(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
+        _, number, success, result, running, base = words
+        return int(state.create_status(number, success == 1, result, RunningState(running), base))
+
+    def _select_client(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
+        number, client, meta, places, fit, _, *reserve, _ = words
+        word, taken = state.select_client(number, self._id(client), meta, places, fit == 1, Reserve(*reserve))
+        return [word.encode(), taken]
+
+    def _accept_upload(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
+        number, attempt, requested, client, quorum, ledger_id, fit, _, node_id, _ = words
+        word, counted, text = state.accept_upload(
+            number, attempt, requested, self._id(client), quorum, ledger_id, node_id, fit == 1
+        )
+        return [word.encode(), counted, text.encode()]
+
+    @staticmethod
+    def _id(client: str) -> str:
+        return next(fl_id for fl_id in CLIENTS if key_of(fl_id) == client)
+
+    def _count_by_ledger(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
+        counts = state.count_by_ledger(int(keys[0].split(":")[3]))
+        return [part for ledger, updates in counts.items() for part in (ledger.encode(), updates)]
+
+    def _seal(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
+        return int(state.seal(*words[1:]))
+
+    def _claim_reduction(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[bytes]:
+        return [part.encode() for part in state.claim_reduction(*words) or ()]
+
+    def _record_candidate(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
+        return int(state.record_candidate(*words))
+
+    def _reopen(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[int]:
+        _, number, attempt, phase, token, _, *ledgers = words
+        lost = state.reopen(number, attempt, Phase(phase), token, ledgers)
+        return [0, 0] if lost is None else [1, lost]
+
+    def _advance(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
+        _, number, attempt, phase, token, _, success, result, finishes, base, _, _ = words
+        done = state.advance(
+            number, attempt, Phase(phase), success == 1, result, finishes == 1, token=token, base=base
+        )
+        return int(done)
+
+    def _finish(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
+        return int(state.finish(words[1]))
+
+    def _rebase(self, state: RecordedState, keys: Sequence[str], words: Sequence[Any]) -> bytes:
+        _, number, before, after, _, result, finishes = words
+        return state.rebase(number, before, after, result, finishes == 1).encode()
+
+    def _restore_clients(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
+        number, ledger_id, node_id, _, _, *pairs = words
+        metas = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        word, restored = state.restore_clients(number, ledger_id, node_id, metas)
+        return [word.encode(), restored]
+
+    def _own_ledger(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
+        return int(state.own_ledger(*words[:3]))
+
+    def _heartbeat(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
+        state.heartbeat(words[0])
+        return 1
+
+    def _list_nodes(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[bytes]:
+        return [part.encode() for node in state.list_nodes() for part in (node, address_of(node))]
+
+    def _disable(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> bytes:
+        return state.disable().encode()
+
+    # ---- plain commands
+
+    def command(self, *words: Argument) -> Any:
         """Execute a plain command and answer as Redis does."""
-        self.expire()
-        match words:
-            case ("HGET", _, field):
-                owner = self.owners.get(str(field))
-                return None if owner is None else owner.encode()
-            case ("HDEL", _, field):
-                return int(self.owners.pop(str(field), None) is not None)
-            case ("EXISTS", key):
-                return int(any(str(key).endswith(f":heartbeat:{node}:String") for node in self.leases))
-            case ("HMGET", key, *fl_ids):
-                *_, number, kind, _ = str(key).split(":")
-                held = {"clients": self.clients, "uploads": self.uploads}[kind].get(int(number), {})
-                return [held[str(fl_id)].encode() if fl_id in held else None for fl_id in fl_ids]
-            case ("GET", name):
-                value = self.names.get(str(name))
-                return None if value is None else value.encode()
-            case ("SET", name, value, "EX", _, "NX"):
-                self.names.setdefault(str(name), str(value))
-                return None
-        raise AssertionError(words)
+        key = str(words[1])
+        kind = key.split(":")[-2]
+        match words[0], kind:
+            case "PUBLISH", _:
+                return self.told(str(words[2]))
+            case "SET", "InstanceName":
+                return self.claim_instance(str(words[2])) and None
+            case "GET", "InstanceName":
+                return self.name.encode() or None
+            case "SET", _:
+                return self.texts.setdefault(key, str(words[2])) and None
+            case "GET", _:
+                return self.texts[key].encode() if key in self.texts else None
+        return self._hash(self.at(key.split(":")[2]), key, *words)
+
+    def _hash(self, state: SharedState, key: str, verb: Argument, _: Argument, *fields: Argument) -> Any:
+        parts = key.split(":")
+        match verb, parts[-2]:
+            case "EXISTS", _:
+                return int(state.is_alive(key.partition(":heartbeat:")[2].removesuffix(":String")))
+            case "HGET", "ledgers":
+                return state.ledger_owner(str(fields[0])).encode() or None
+            case "HDEL", "ledgers":
+                return state.forget_ledger(str(fields[0]))
+            case "HGETALL", "ledgers":
+                return [part.encode() for item in state.owners.items() for part in item]
+            case "HGETALL", "uploads":
+                return [part.encode() for item in state.uploads_of(int(parts[3])).items() for part in item]
+            case "HMGET", ("clients" | "uploads") as kind:
+                held = {"clients": state.clients, "uploads": state.uploads}[kind].get(int(parts[3]), {})
+                return [held[str(client)].encode() if client in held else None for client in fields]
+            case "HDEL", "server":
+                return state.leave(str(fields[0]))
+            case "DEL", _:
+                return 0
+            case "HDEL", "status":
+                assert state.status is not None
+                state.status.disabled = False
+                return 1
+        raise AssertionError((verb, key, fields))
+
+
+class _Line:
+    """One pipelined connection to Redis; also what is given to those who use it before all others."""
+
+    def __init__(self, store: RecordedStore) -> None:
+        self._store = store
+        self.sent: deque[tuple[defer.Deferred[Any], Callable[[], Any]]] = deque()
+        self.done: deque[tuple[defer.Deferred[Any], Any]] = deque()
+        self.lost = False
+
+    async def script(self, name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
+        return await self.send(lambda: self._store.script(name, keys, arguments))
+
+    async def command(self, *words: Argument) -> Any:
+        return await self.send(lambda: self._store.command(*words))
+
+    async def send(self, step: Callable[[], Any]) -> Any:
+        if self.lost:
+            raise StoreUnavailable("the connection is lost")
+        reply: defer.Deferred[Any] = defer.Deferred()
+        self.sent.append((reply, step))
+        return await reply
+
+    def end(self) -> None:
+        """Lose the connection, with all requests and answers on their way."""
+        self.lost = True
+        under_way = [reply for reply, _ in (*self.done, *self.sent)]
+        self.done.clear()
+        self.sent.clear()
+        for reply in under_way:
+            reply.errback(StoreUnavailable("the connection is lost"))
 
 
 class SimulatedRedis:
-    """Stands for ``store.redis.Redis``: one pipelined connection to a RecordedState."""
+    """Stands for ``store.redis.Redis``: a connection that is prepared before it is used.
 
-    def __init__(self, state: RecordedState) -> None:
-        self.available = True
-        self._state = state
-        self._sent: deque[tuple[defer.Deferred[Any], Callable[[], Any]]] = deque()
-        self._done: deque[tuple[defer.Deferred[Any], Any]] = deque()
+    Attributes:
+        reachable: False while no new connection can be made.
+    """
+
+    def __init__(self, store: RecordedStore) -> None:
+        self.before_use: list[Callable[[Any, str], Awaitable[None]]] = []
+        self.on_use: Callable[[], None] = lambda: None
+        self.run_id = ""
+        self.reachable = False
+        self._store = store
+        self._line: _Line | None = None
+        self._in_use = False
         self._waiting: list[defer.Deferred[None]] = []
 
+    @property
+    def available(self) -> bool:
+        return self._in_use
+
     async def connected(self) -> None:
-        if not self.available:
+        if not self._in_use:
             waiter: defer.Deferred[None] = defer.Deferred()
             self._waiting.append(waiter)
             await waiter
 
     async def script(self, name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
-        return await self._send(lambda: self._state.run(name, keys, arguments))
+        return await self._used().script(name, keys, arguments)
 
     async def command(self, *words: Argument) -> Any:
-        return await self._send(lambda: self._state.execute(*words))
+        return await self._used().command(*words)
 
-    async def _send(self, step: Callable[[], Any]) -> Any:
-        if not self.available:
+    async def replicated(self, timeout_ms: int) -> bool:
+        """WAIT, where there is a replica."""
+        if self.available and self._store.standby is None:
+            return True
+        return bool(await self._used().send(self._store.wait))
+
+    def _used(self) -> _Line:
+        if self._line is None or not self._in_use:
             raise StoreUnavailable("no connection")
-        reply: defer.Deferred[Any] = defer.Deferred()
-        self._sent.append((reply, step))
-        return await reply
+        return self._line
 
     # ---- what the test does
 
-    @property
-    def busy(self) -> bool:
-        return bool(self._sent or self._done)
-
-    def execute(self) -> None:
+    def execute(self) -> bool:
         """Execute the oldest request."""
-        if self._sent:
-            reply, step = self._sent.popleft()
-            self._done.append((reply, step()))
+        if self._line is None or not self._line.sent:
+            return False
+        reply, step = self._line.sent.popleft()
+        self._line.done.append((reply, step()))
+        return True
 
-    def answer(self) -> None:
+    def answer(self) -> bool:
         """Deliver the oldest answer."""
-        if self._done:
-            reply, answer = self._done.popleft()
-            reply.callback(answer)
+        if self._line is None or not self._line.done:
+            return False
+        reply, answer = self._line.done.popleft()
+        reply.callback(answer)
+        return True
 
     def break_off(self) -> None:
-        """Lose the connection, with all requests and answers on their way."""
-        if self.available:
-            self.available = False
-            lost = [reply for reply, _ in (*self._done, *self._sent)]
-            self._done.clear()
-            self._sent.clear()
-            for reply in lost:
-                reply.errback(StoreUnavailable("the connection is lost"))
+        """Lose the connection; none comes back before ``come_back``."""
+        self.reachable = False
+        self._end()
+
+    def _end(self) -> None:
+        line, self._line, self._in_use = self._line, None, False
+        if line is not None:
+            line.end()
 
     def come_back(self) -> None:
-        """Connect again."""
-        if not self.available:
-            self.available = True
-            waiting, self._waiting = self._waiting, []
-            for waiter in waiting:
-                waiter.callback(None)
+        """Connect again, and prepare the connection."""
+        if not self.reachable:
+            self.reachable = True
+            self._line = line = _Line(self._store)
+            defer.Deferred.fromCoroutine(self._prepare(line, str(self._store.run)))
+
+    async def _prepare(self, line: _Line, run_id: str) -> None:
+        for prepare in self.before_use:
+            try:
+                await prepare(line, run_id)
+            except StoreUnavailable:
+                assert line.lost, "a connection that stands is refused"
+                return
+        if line.lost:
+            return
+        self._in_use, self.run_id = True, run_id
+        waiting, self._waiting = self._waiting, []
+        for waiter in waiting:
+            waiter.callback(None)
+        self.on_use()
 
 
-# ---- a server
+# ---- the node channel
+
+
+@dataclass(eq=False)
+class _Asked:
+    """A request on its way to a node, or its reply on the way back."""
+
+    asker: str
+    address: str
+    request: Request
+    reply: defer.Deferred[Any]
+
+    def fail(self, error: Exception) -> None:
+        if not self.reply.called:
+            self.reply.errback(error)
+
+
+class NodeNetwork:
+    """What lies between the nodes.
+
+    Attributes:
+        listening: address -> who listens there.
+        silent: whether requests vanish: nothing comes of them but a time-out.
+        closed: whether connections break at once.
+        lossy: whether requests are handled and their replies lost.
+    """
+
+    def __init__(self) -> None:
+        self.listening: dict[str, NodeListener] = {}
+        self.silent = self.closed = self.lossy = False
+        self._sent: deque[_Asked] = deque()
+        self._handled: list[_Asked] = []
+        self._done: deque[tuple[_Asked, tuple[bytes, memoryview]]] = deque()
+        self._ids = count(1)
+
+    async def ask(self, asked: _Asked) -> Answer:
+        """Send a request and wait for what becomes of it."""
+        self._sent.append(asked)
+        answer: Answer = await asked.reply
+        return answer
+
+    def deliver(self) -> bool:
+        """Let the oldest request arrive."""
+        if not self._sent:
+            return False
+        asked = self._sent.popleft()
+        listener = self.listening.get(asked.address)
+        if asked.reply.called or self.silent:
+            return True
+        if self.closed:
+            asked.fail(PeerUnreachable("the connection broke"))
+        elif listener is None:
+            asked.fail(PeerUnreachable("nobody listens there", refused=True))
+        else:
+            self._handled.append(asked)
+            handled = defer.Deferred.fromCoroutine(listener.answer(asked.request))
+            handled.addCallback(lambda frame: self._done.append((asked, frame)))
+        return True
+
+    def reply(self) -> bool:
+        """Let the oldest reply arrive."""
+        if not self._done:
+            return False
+        asked, frame = self._done.popleft()
+        if asked not in self._handled:
+            return True  # its connection is gone
+        self._handled.remove(asked)
+        if self.silent or asked.reply.called:
+            return True
+        if self.closed or self.lossy:
+            asked.fail(PeerUnreachable("the connection broke"))
+            return True
+        reader = FrameReader(_MAX_FRAME)
+        reader.receive(frame[0] + bytes(frame[1]))
+        answer = reader.next_frame()
+        assert answer is not None
+        if answer.meta.response_error:
+            asked.fail(PeerRefused(answer.meta.response_error))
+        else:
+            asked.reply.callback(Answer(answer.data, answer.meta, answer.kind))
+        return True
+
+    def break_off(self, concerned: Callable[[_Asked], bool] = lambda asked: True) -> None:
+        """Lose connections, with what is under way on them."""
+        lost = [asked for asked in (*self._sent, *self._handled) if concerned(asked)]
+        self._sent = deque(asked for asked in self._sent if asked not in lost)
+        self._handled = [asked for asked in self._handled if asked not in lost]
+        for asked in lost:
+            asked.fail(PeerUnreachable("the connection broke"))
+
+    def node_died(self, node_id: str) -> None:
+        """Nobody listens at a node any more, and nobody waits there for an answer."""
+        self.listening.pop(address_of(node_id), None)
+        self._sent = deque(asked for asked in self._sent if asked.asker != node_id)
+        self._handled = [asked for asked in self._handled if asked.asker != node_id]
+        self.break_off(lambda asked: asked.address == address_of(node_id))
+
+    def next_id(self) -> int:
+        return next(self._ids)
+
+
+class NodeStandIn:
+    """Stands for ``net.node_client.NodeClient``."""
+
+    def __init__(self, node_id: str, network: NodeNetwork, reactor: MemoryReactor) -> None:
+        self._node_id = node_id
+        self._network = network
+        self._reactor = reactor
+
+    async def request(
+        self, address: str, recv_node: str, cmd: int, data: bytes = b"", *, timeout: float
+    ) -> Answer:
+        meta = Meta(cmd, self._network.next_id(), send_node=self._node_id, recv_node=recv_node)
+        request = Request(meta, memoryview(bytes(data)).toreadonly(), host_of(self._node_id), PayloadKind.RAW)
+        reply: defer.Deferred[Answer] = defer.Deferred()
+
+        def late(_: object, seconds: float) -> None:
+            raise PeerTimeout(f"node at {address} did not answer within {seconds:g} s")
+
+        reply.addTimeout(timeout, self._reactor, late)  # type: ignore[arg-type]
+        return await self._network.ask(_Asked(self._node_id, address, request, reply))
+
+
+# ---- what outlives a process
 
 
 class OpenFiles:
-    """The ledger files that a process has open; when it dies, the kernel drops its locks on them."""
+    """The ledger files that processes have open; when one dies, the kernel drops its locks on them."""
 
     def __init__(self) -> None:
         self._open: set[MappedFile] = set()
@@ -294,10 +659,11 @@ class OpenFiles:
         for each in self._patches:
             each.start()
 
-    def drop(self) -> None:
-        """Drop all locks, as the kernel does at the end of a process."""
+    def drop(self, directory: Path | None = None) -> None:
+        """Drop all locks of the process that knows the ledgers under this name, as the kernel does at its end."""
         for file in list(self._open):
-            file.close()
+            if directory in (None, file.path.parent):
+                file.close()
 
     def stop(self) -> None:
         """Stop watching."""
@@ -306,33 +672,71 @@ class OpenFiles:
             each.stop()
 
 
-@dataclass
-class Disk:
-    """Checkpoints; outlives the server."""
+class Host:
+    """A machine: its directories outlive the servers on it.
 
-    models: dict[int, ModelImage]
-    full: bool = False
+    Attributes:
+        full: whether no checkpoint can be written.
+    """
 
-    def save(
-        self,
-        directory: Path,
-        fl_name: str,
-        iteration: int,
-        weights: Mapping[str, Any],
-        not_aggregated: object,
-        metadata: object,
-        now: datetime,
-    ) -> Path:
-        """Stands for ``models.checkpoints.save``."""
-        if self.full:
+    def __init__(self, directory: Path, number: int) -> None:
+        self.ip = f"10.0.0.{number}"
+        self.directory = directory / self.ip
+        self.checkpoints = self.directory / "checkpoints"
+        self.ledgers = self.directory / "ledgers"
+        self.full = False
+        for each in (self.checkpoints, self.ledgers):
+            each.mkdir(parents=True)
+
+    def ledgers_of(self, process: str) -> Path:
+        """The host's directory of ledgers under a name that only one process uses: so its files are told apart."""
+        name = self.directory / process
+        name.symlink_to(self.ledgers)
+        return name
+
+    def newest_model(self) -> tuple[int, ModelImage]:
+        """What a server starts from."""
+        found = checkpoints.load_newest(self.checkpoints, "job")
+        return (0, FIRST_MODEL) if found is None else (found.iteration, TEMPLATE.image(found.model.weights))
+
+
+@contextmanager
+def full_disks(hosts: Sequence[Host]) -> Iterator[None]:
+    """Refuse checkpoints on hosts that are full."""
+    save = checkpoints.save
+
+    def saved(directory: Path, *given: Any) -> Path:
+        if any(host.full and host.checkpoints == directory for host in hosts):
             raise OSError(errno.ENOSPC, "No space left on device")
-        self.models[iteration] = TEMPLATE.image(weights)
-        return directory / str(iteration)
+        return save(directory, *given)
+
+    with patch.object(checkpoints, "save", saved):
+        yield
+
+
+# ---- a server
+
+
+def settings_of(places: int, quorum: int, last: int) -> Settings:
+    """Return the settings of a job with so many places and updates per iteration."""
+    base = Settings(fl_name="job", fl_iteration_num=last)
+    return replace(
+        base,
+        round=replace(
+            base.round,
+            start_fl_job_threshold=places,
+            update_model_ratio=(quorum - 0.5) / places,
+            start_fl_job_time_window=10_000,
+            update_model_time_window=15_000,
+            global_iteration_time_window=20_000,
+        ),
+        fedcore=replace(base.fedcore, device=replace(base.fedcore.device, hold_time=HOLD_S)),
+    )
 
 
 @dataclass(eq=False)
-class Request:
-    """What a device has asked, and the server that it asked."""
+class Asked:
+    """What a device has asked, and where."""
 
     fl_id: str
     iteration: int
@@ -343,94 +747,153 @@ class Server:
     """One process: built as ``services.server`` builds it, but for the sockets."""
 
     def __init__(
-        self, state: RecordedState, disk: Disk, directory: Path, policy: Policy, name: str, now: float
+        self,
+        store: RecordedStore,
+        network: NodeNetwork,
+        host: Host,
+        settings: Settings,
+        port: int,
+        start: int,
+        now: float,
     ) -> None:
-        self.reactor = MemoryReactor()
-        self.reactor.advance(now)
-        self.redis = SimulatedRedis(state)
+        """Start on a host; ``start`` counts all starts of servers, so that no two node ids are the same."""
+        self.host = host
+        self.reactor = reactor = MemoryReactor()
+        reactor.advance(now)
+        self.node_id = node_id = f"{host.ip}:{port}::2026-01-01-00:00:00.000.000::{10000 + start}"
+        self.redis = SimulatedRedis(store)
+        self.network = network
+        self.notices: deque[bytes] = deque()
         self.ends: list[IterationEnd] = []
-        self.requests: list[Request] = []
-        newest = max(disk.models)
-        shape = Shape.of(LAYOUT, "job", policy.update_threshold, SLOTS, BODY)
-        self.ledgers = Ledgers(directory, LAYOUT, shape, False, self.reactor)
-        self.intake = UpdateIntake(self.ledgers, directory, name, LAYOUT.total_floats, HOLD_S, self.reactor)
+        self.requests: list[Asked] = []
+        self.ledger_dir = host.ledgers_of(f"process-{start}")
+        redis: Any = self.redis
+        client: Any = NodeStandIn(node_id, network, reactor)
+        history = ModelHistory(*host.newest_model())
+        peers = Peers(client)
+        shape = ledger_shape(settings, LAYOUT)
+        self.ledgers = Ledgers(self.ledger_dir, LAYOUT, shape, False, reactor)
+        self.intake = UpdateIntake(
+            self.ledgers, host.directory, node_id, LAYOUT.total_floats, HOLD_S, reactor
+        )
+        self.publication = Publication(
+            "job", host.checkpoints, history, TEMPLATE, peers, reactor, self._local_time
+        )
+        journal = Journal(host.directory / "event.txt", address_of(node_id), self._local_time)
         metrics = ServerMetrics()
-        job = Job("job", policy, 20_000, Path("checkpoints"), name, lambda: "i_1", {})
-        self.driver = IterationDriver(
-            job,
-            self.redis,  # type: ignore[arg-type]
+        reporter = Reporter(metrics, journal, 10)
+        reporter.on_iteration_end.append(self.ends.append)
+        parts = Parts(
+            redis,
             self.ledgers,
             self.intake,
-            ModelHistory(newest, disk.models[newest]),
-            TEMPLATE,
+            history,
+            Reduction(node_id, self.ledgers, self.intake, peers, TEMPLATE, reactor),
+            self.publication,
+            peers,
+            LossJudge(node_id, self.ledgers, peers, reactor),
+            reporter,
             metrics,
-            self.reactor,
-            lambda: datetime(2026, 1, 1),
         )
-        self.driver.on_iteration_end.append(self.ends.append)
-        base = Settings(fl_name="job", fl_iteration_num=policy.last_iteration)
-        settings = replace(
-            base,
-            round=replace(
-                base.round,
-                start_fl_job_threshold=policy.start_threshold,
-                update_model_ratio=policy.update_threshold / policy.start_threshold,
-                start_fl_job_time_window=int(policy.start_window * 1000),
-                update_model_time_window=int(policy.update_window * 1000),
-            ),
-        )
+        self.driver = IterationDriver(node_id, settings, parts, lambda: f"i_{start:03d}", reactor)
+        self.driver.on_fatal = self._fatal
         self.api = ClientApi(
-            settings,
-            LAYOUT,
-            self.driver,
-            self.intake,
-            metrics,
-            self.reactor,
-            lambda: int(self.reactor.seconds() * 1000),
-            lambda: 0.5,
+            settings, LAYOUT, self.driver, self.intake, metrics, reactor, self._now_ms, lambda: 0.5
         )
-        self.heartbeat = Heartbeat(lambda: self.driver.cluster, "server", name, "address", self.reactor)
+        self.heartbeat = Heartbeat(
+            lambda: self.driver.cluster, "server", node_id, address_of(node_id), reactor
+        )
         self.driver.on_join.append(self.heartbeat.beat)
+        node_api = NodeApi(self.driver, self.api, self.intake, self.ledgers, self.publication, peers, ())
+        network.listening[address_of(node_id)] = NodeListener(
+            node_id,
+            node_api.handlers(),
+            max_data=_MAX_FRAME,
+            max_connections=9,
+            allowed=lambda host: True,
+            reactor=reactor,
+        )
+        self.redis.on_use = lambda: self.notices.append(b"")
         self.driver.startService()
         self.heartbeat.startService()
+        self.redis.come_back()
 
-    def start_client(self, fl_id: str) -> Request:
+    def _local_time(self) -> datetime:
+        return _BIRTH + timedelta(seconds=self.reactor.seconds())
+
+    def _now_ms(self) -> int:
+        return int(self.reactor.seconds() * 1000)
+
+    @staticmethod
+    def _fatal(error: Exception) -> None:
+        raise AssertionError(error)
+
+    # ---- devices
+
+    def start_client(self, fl_id: str) -> Asked:
         """A device asks for a place."""
         body = codec.encode(RequestFLJob(fl_name="job", fl_id=fl_id, data_size=1, timestamp="1"))
         answer = defer.Deferred.fromCoroutine(self.api.start_fl_job(memoryview(body)))
-        self.requests.append(Request(fl_id, 0, answer))
+        self.requests.append(Asked(fl_id, 0, answer))
         return self.requests[-1]
 
-    def upload(self, fl_id: str, iteration: int) -> Request | None:
-        """A device sends its update, if there is a slot for it."""
-        slot = self.intake.receive(BODY)
-        if not isinstance(slot, Slot):
-            return None
-        vector = np.zeros(len(CLIENTS), np.float32)
-        vector[CLIENTS.index(fl_id)] = 1.0
+    def upload(self, fl_id: str, iteration: int) -> Asked:
+        """A device sends its update."""
         request = RequestUpdateModel(
             fl_name="job",
             fl_id=fl_id,
             iteration=iteration,
-            feature_map=(FeatureMap("who", vector),),
+            feature_map=(FeatureMap("who", trained(fl_id, iteration)),),
             timestamp="1",
         )
         body = codec.encode(request)
-        slot.buffer[: len(body)] = body
-        slot.length = len(body)
-        answer = defer.Deferred.fromCoroutine(self.api.update_model(slot))
-        self.requests.append(Request(fl_id, iteration, answer))
+        room = self.intake.receive(len(body))
+        room.buffer[: len(body)] = body
+        room.length = len(body)
+        answer = defer.Deferred.fromCoroutine(self.api.update_model(room))
+        self.requests.append(Asked(fl_id, iteration, answer))
         return self.requests[-1]
 
-    def settle(self) -> None:
-        """Let Redis and the thread answer until nothing is under way."""
-        while self.redis.busy or self.reactor.jobs:
-            self.redis.execute()
-            self.redis.answer()
-            if self.reactor.jobs:
-                self.reactor.work()
+    # ---- what goes on
+
+    def work(self) -> bool:
+        """Let the thread do its oldest job."""
+        if not self.reactor.jobs:
+            return False
+        self.reactor.work()
+        return True
+
+    def hear(self) -> bool:
+        """Hear the oldest notice of Redis."""
+        if not self.notices or not self.redis.available:
+            return False
+        self.driver.heard(self.notices.popleft())
+        return True
+
+    def lose_redis(self) -> None:
+        """Lose both connections to Redis."""
+        self.notices.clear()
+        self.redis.break_off()
 
 
 def iteration_told(answer: Any) -> int:
     """The iteration that the answer to a startFLJob names."""
     return codec.decode(ResponseFLJob, b"".join(answer.response.parts)).iteration  # type: ignore[no-any-return]
+
+
+class PromptRedis:
+    """Stands for ``store.redis.Redis`` where nothing is to go wrong: it answers at once.
+
+    Attributes:
+        run_id: as Redis'.
+    """
+
+    def __init__(self, store: RecordedStore) -> None:
+        self.run_id = "1"
+        self._store = store
+
+    async def script(self, name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
+        return self._store.script(name, keys, arguments)
+
+    async def command(self, *words: Argument) -> Any:
+        return self._store.command(*words)

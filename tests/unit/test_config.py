@@ -28,6 +28,7 @@ from fedcore.config import (
     load_settings,
     unsupported,
 )
+from fedcore.config.crosscheck import redis_has_tls
 from fedcore.config.sample import render_sample, value_text
 from fedcore.config.settings import SECTIONS
 from fedcore.errors import ConfigError
@@ -37,6 +38,7 @@ GUIDE = ROOT / "tests/data/guide.yaml"
 SAMPLE = ROOT / "etc/fl.yaml.sample"
 
 Load = Callable[..., LoadedSettings]
+CA = ('plugin_lib_path: ""', 'plugin_lib_path: ""\n  cacert_filename: ca.crt')
 
 
 @pytest.fixture
@@ -64,6 +66,12 @@ def refusal(file: Path, text: str | bytes | None, role: Role = Role.SERVER) -> s
         file.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(ConfigError) as caught:
         load_settings(file, role)
+    return str(caught.value)
+
+
+def refusal_of(load: Load, *changes: tuple[str, str], role: Role = Role.SERVER) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(*changes, role=role)
     return str(caught.value)
 
 
@@ -132,7 +140,7 @@ def test_the_sample_shows_every_option_and_its_default(file: Path) -> None:
             assert shown == (default if isinstance(default, int | float | str) else yaml.safe_load(
                 value_text(key.option, default)
             )), key.path  # fmt: skip
-    file.write_text(text.replace("enable_ssl: false", "enable_ssl: true"))
+    file.write_text(text.replace("enable_ssl: false", "enable_ssl: true").replace("tls: auto", "tls: off"))
     loaded = load_settings(file, Role.SERVER)
     assert loaded.warnings == ()
     assert loaded.settings.ssl.server_cert_path == "/etc/fl/server.p12"
@@ -320,9 +328,67 @@ def test_values_out_of_force_keep_their_defaults(load: Load) -> None:
 
 
 def test_tls_is_read_when_it_is_on(load: Load) -> None:
-    loaded = load(("enable_ssl: False", "enable_ssl: True"))
+    loaded = load(("enable_ssl: False", "enable_ssl: True"), CA)
     assert loaded.settings.ssl.server_cert_path == "server.p12"
     assert unsupported(loaded.settings, Role.SERVER) == []
+
+
+@pytest.mark.parametrize(
+    ("enable_ssl", "tls", "address", "secured"),
+    [
+        ("False", "auto", "h:1", False),
+        ("True", "auto", "h:1", True),
+        ("False", "on", "h:1", True),
+        ("True", "off", "h:1", False),
+        ("True", "on", "unix:/run/redis.sock", False),
+        ("True", "auto", "unix:/run/redis.sock", False),
+    ],
+)
+def test_tls_to_redis(enable_ssl: str, tls: str, address: str, secured: bool, load: Load, file: Path) -> None:
+    changes = [
+        ("enable_ssl: False", f"enable_ssl: {enable_ssl}\nfedcore: {{redis: {{tls: {tls}}}}}"),
+        ("127.0.0.1:23456", f'"{address}"'),
+    ]
+    assert redis_has_tls(load(*changes, CA).settings) is secured
+    for role in Role:
+        if secured:
+            text = refusal_of(load, *changes, role=role)
+            assert (
+                "give distributed_cache.cacert_filename (or capath), or set fedcore.redis.tls to off" in text
+            )
+            assert text.startswith("enable_ssl" if tls == "auto" else "fedcore.redis.tls")
+            assert text.endswith(f", yaml config file: {file}")
+        else:
+            load(*changes, role=role)
+    warned = any("a unix socket, which is never encrypted" in text for text in load(*changes, CA).warnings)
+    assert warned == (tls == "on" and not secured)
+
+
+def test_a_sentinel_s_master_has_tls_whatever_the_address(load: Load) -> None:
+    own = "enable_ssl: True\nfedcore: {redis: {sentinels: 's:1'}}"
+    changes = [("enable_ssl: False", own), ("127.0.0.1:23456", '"unix:/run/redis.sock"'), CA]
+    assert redis_has_tls(load(*changes).settings)
+
+
+def test_certificate_and_key_belong_together(load: Load) -> None:
+    switch, (old, new) = ("enable_ssl: False", "enable_ssl: True"), CA
+    load(switch, (old, f"{new}\n  cert_filename: a\n  private_key_filename: b"))
+    for name in ("cert_filename", "private_key_filename"):
+        text = refusal_of(load, switch, (old, f"{new}\n  {name}: a"))
+        assert (
+            "distributed_cache.cert_filename and distributed_cache.private_key_filename belong together"
+            in text
+        )
+
+
+def test_words_for_sentinels_without_sentinels(load: Load) -> None:
+    def warnings(own: str) -> list[str]:
+        loaded = load(("enable_ssl: False", f"enable_ssl: False\nfedcore: {{redis: {{{own}}}}}"))
+        return [text for text in loaded.warnings if "have no effect without fedcore.redis.sentinels" in text]
+
+    assert warnings("sentinel_username: fed")
+    assert warnings("sentinel_password_file: /etc/fl/sentinel")
+    assert not warnings("sentinel_username: fed, sentinels: 's:1'")
 
 
 def test_redis_by_path(load: Load) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fedcore.config import KEYS, Address, LoadedSettings, Role, load_settings
-from fedcore.config.settings import LogLevel
+from fedcore.config.settings import LogLevel, RedisTls
 from fedcore.errors import ConfigError
 
 U32 = "[1,4294967295]"
@@ -88,10 +88,19 @@ TABLE: list[tuple[str, str, Any, Any]] = [
     ("client.client_batch_size", "int", ">=1", 32),
     ("client.client_learning_rate", "float", POSITIVE, 0.001),
     ("client.connection_num", "int", ">=1", 10000),
+    ("fedcore.redis.username", "str", None, ""),
+    ("fedcore.redis.password_file", "str", None, ""),
+    ("fedcore.redis.database", "int", "[0,65535]", 0),
+    ("fedcore.redis.sentinels", "str", "addresses", ()),
+    ("fedcore.redis.sentinel_master", "str", None, "fl"),
+    ("fedcore.redis.sentinel_username", "str", None, ""),
+    ("fedcore.redis.sentinel_password_file", "str", None, ""),
+    ("fedcore.redis.tls", "switch", ["auto", "on", "off"], RedisTls.AUTO),
     ("fedcore.redis.connect_timeout", "float", "(0.000000,60.000000]", 3.0),
     ("fedcore.redis.reply_timeout", "float", "(0.000000,60.000000]", 5.0),
     ("fedcore.scheduler.manage_address", "str", "address", Address("127.0.0.1", 11202)),
     ("fedcore.scheduler.admin_address", "str", "address", Address("127.0.0.1", 11302)),
+    ("fedcore.scheduler.integer_code", "bool", None, False),
     ("fedcore.server.http_address", "str", "address", Address("127.0.0.1", 6666)),
     ("fedcore.server.tcp_ip", "str", "host", ""),
     ("fedcore.server.tcp_port", "int", "[1,65535]", 6766),
@@ -99,6 +108,7 @@ TABLE: list[tuple[str, str, Any, Any]] = [
     ("fedcore.server.checkpoint_dir", "str", None, "./fl_ckpt"),
     ("fedcore.server.model", "str", None, ""),
     ("fedcore.server.ledger_dir", "str", None, ""),
+    ("fedcore.node.allow", "str", None, ("127.0.0.0/8", "::1/128")),
     ("fedcore.device.hold_time", "float", "[0.000000,60.000000]", 8.0),
     ("fedcore.device.header_timeout", "float", "(0.000000,600.000000]", 10.0),
     ("fedcore.device.body_timeout", "float", "(0.000000,3600.000000]", 60.0),
@@ -127,7 +137,7 @@ EXAMPLES: dict[str, Any] = {
 }
 TLS_EXAMPLES = {
     f"ssl.{name}": name for name in ("server_cert_path", "client_cert_path", "ca_cert_path", "cipher_list")
-}
+} | {"fedcore.redis.tls": "off"}
 MASK_EXAMPLES = {
     "encrypt.pw_encrypt.share_secrets_ratio": 1.0,
     "encrypt.pw_encrypt.cipher_time_window": 3000,
@@ -140,6 +150,7 @@ ACCEPTED = {
     "bool": {"bool"},
     "str": {"str"},
     "size": {"int", "str"},
+    "switch": {"str", "bool"},
 }
 
 Load = Callable[..., LoadedSettings]
@@ -148,9 +159,7 @@ Load = Callable[..., LoadedSettings]
 def in_force(path: str) -> dict[str, Any]:
     """A good configuration in which the key at path is read."""
     flat = dict(EXAMPLES)
-    if path.startswith("ssl.") or (
-        path.startswith("distributed_cache.") and path.endswith(("name", "capath"))
-    ):
+    if path.startswith("ssl."):
         flat |= {"enable_ssl": True, **TLS_EXAMPLES}
     if path.startswith("encrypt.pw_encrypt."):
         flat |= {"encrypt.encrypt_type": "PW_ENCRYPT", **MASK_EXAMPLES}
@@ -158,6 +167,8 @@ def in_force(path: str) -> dict[str, Any]:
         flat["encrypt.encrypt_type"] = "DP_ENCRYPT"
     if path.startswith("encrypt.signds."):
         flat["encrypt.encrypt_type"] = "SIGNDS"
+    if path == "fedcore.redis.tls":
+        flat["distributed_cache.cacert_filename"] = "ca.crt"
     if path == "unsupervised.eval_type":
         flat["unsupervised.cluster_client_num"] = 10
     return flat
@@ -243,8 +254,8 @@ def test_defaults(load: Load) -> None:
 def test_wrong_types(path: str, kind: str, limits: Any, default: Any, load: Load, file: Path) -> None:
     for given, value in OF_TYPE.items():
         if given not in ACCEPTED[kind]:
-            wanted = "int" if kind == "size" else kind
-            stray = "<< " if kind == "str" else ""
+            wanted = {"size": "int", "switch": "str"}.get(kind, kind)
+            stray = "<< " if wanted == "str" else ""
             message = (
                 f"The parameter '{path}' is expected to be type {wanted}, "
                 f"actually {stray}{given}, yaml config file: {file}"
@@ -393,6 +404,28 @@ def test_addresses(path: str, kind: str, limits: Any, default: Any, load: Load, 
         )
     else:
         assert message == "The format of distributed cache address '300.1.1.1:80' is invalid"
+
+
+def test_several_addresses(load: Load, file: Path) -> None:
+    def sentinels(text: str) -> Any:
+        return load(EXAMPLES | {"fedcore.redis.sentinels": text}).settings.fedcore.redis.sentinels
+
+    assert sentinels("s1:26379") == (Address("s1", 26379),)
+    assert sentinels("s1:26379, [::1]:26380") == (Address("s1", 26379), Address("::1", 26380))
+    for bad in ("s1", "s1:1,", "s1:1;s2:2", "s1:1,unix:/run/s"):
+        assert refusal(load, EXAMPLES | {"fedcore.redis.sentinels": bad}).startswith(
+            "Failed to check value of parameter 'fedcore.redis.sentinels': The format of distributed cache address "
+        )
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("on", "on"), ("off", "off"), ("auto", "auto"), ("'on'", "on"), ("Yes", "on"), ("false", "off")],
+)
+def test_a_bare_on_is_no_truth_value(written: str, meant: str, load: Load, file: Path) -> None:
+    load(EXAMPLES | {"distributed_cache.cacert_filename": "ca", "fedcore.redis.tls": "auto"})
+    file.write_text(file.read_text().replace("tls: auto", f"tls: {written}"))
+    assert load_settings(file, Role.SERVER).settings.fedcore.redis.tls.value == meant
 
 
 def test_tcp_ip(load: Load, file: Path) -> None:

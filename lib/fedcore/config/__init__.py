@@ -5,7 +5,7 @@
     settings.py    the tree of settings and its table of keys
     document.py    YAML to flat values
     loader.py      flat values to Settings or a ConfigError
-    crosscheck.py  warnings about several keys at once
+    crosscheck.py  rules about several keys at once
     support.py     what this version cannot serve yet
     hyper.py       the values that servers of a job share
     sample.py      the text of etc/fl.yaml.sample
@@ -21,6 +21,7 @@ from fedcore.config.address import (
     UnixAddress,
     address_of_instance,
     parse_address,
+    parse_addresses,
     parse_host,
     parse_redis_address,
     port_of_instance,
@@ -35,6 +36,7 @@ from fedcore.config.settings import (
     EncryptType,
     EvalType,
     LogLevel,
+    RedisTls,
     ServerMode,
     Settings,
     UploadCompressType,
@@ -54,6 +56,7 @@ __all__ = [
     "Key",
     "LoadedSettings",
     "LogLevel",
+    "RedisTls",
     "Role",
     "ServerMode",
     "Settings",
@@ -63,6 +66,7 @@ __all__ = [
     "hyper_parameters",
     "load_settings",
     "parse_address",
+    "parse_addresses",
     "parse_host",
     "parse_redis_address",
     "port_of_instance",

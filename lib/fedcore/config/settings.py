@@ -12,8 +12,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from ipaddress import ip_network
 
-from fedcore.config.address import Address, UnixAddress, parse_address, parse_host, parse_redis_address
+from fedcore.config.address import (
+    Address,
+    UnixAddress,
+    parse_address,
+    parse_addresses,
+    parse_host,
+    parse_redis_address,
+)
 from fedcore.config.keys import (
     SERVER_ROLES,
     U32_MAX,
@@ -90,6 +98,14 @@ class DownloadCompressType(StrEnum):
     QUANT = "QUANT"
 
 
+class RedisTls(StrEnum):
+    """Whether the link to Redis is encrypted."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
 class LogLevel(StrEnum):
     """Least severity that is logged."""
 
@@ -128,6 +144,21 @@ def parse_levels(text: str) -> tuple[int, int]:
     raise ConfigError(f"value is expected to be minutes a,b with 1 <= a < b <= 2880, but got {text}")
 
 
+def parse_networks(text: str) -> tuple[str, ...]:
+    """Read "a,b", networks in CIDR form or single addresses.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    for part in parts:
+        try:
+            ip_network(part)
+        except ValueError as fault:
+            raise ConfigError(f"{part} is no network: {fault}", hint="write 10.0.0.0/24") from fault
+    return parts
+
+
 @dataclass(frozen=True, slots=True)
 class AggregationSettings:
     """The rule that turns uploads into the next model."""
@@ -152,28 +183,38 @@ class DistributedCacheSettings:
     )
     plugin_lib_path: str = option("", "Accepted and ignored.")
     cacert_filename: str = option(
-        "", "PEM file of the CA that signed Redis' certificate.", condition=_WITH_TLS
+        "", "PEM file of the CA certificates that Redis' one must lead to; used if the link has TLS."
     )
-    capath: str = option("", "Folder of hashed PEM CA certificates.", condition=_WITH_TLS)
-    cert_filename: str = option("", "PEM certificate that this node shows to Redis.", condition=_WITH_TLS)
-    private_key_filename: str = option("", "PEM key of that certificate.", condition=_WITH_TLS)
-    server_name: str = option("", "Server name (SNI) asked of Redis.", condition=_WITH_TLS)
+    capath: str = option("", "Folder of such PEM files, named by their hashes (openssl rehash).")
+    cert_filename: str = option(
+        "", "PEM file of the certificate, and its chain, that this node shows to Redis."
+    )
+    private_key_filename: str = option("", "PEM file of that certificate's key, without a password.")
+    server_name: str = option(
+        "", "Name that Redis' certificate must bear, also sent as SNI; empty: the host of its address."
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class SslSettings:
-    """TLS of the device, operator and node listeners."""
+    """TLS of the device and operator listeners."""
 
     server_cert_path: str = option(
         "", "PKCS#12 file of the listeners.", required=True, example="/etc/fl/server.p12"
     )
     client_cert_path: str = option(
-        "", "PKCS#12 file shown to other nodes.", required=True, example="/etc/fl/client.p12"
+        "",
+        "PKCS#12 file shown to other nodes; not used by this version.",
+        required=True,
+        example="/etc/fl/client.p12",
     )
     ca_cert_path: str = option(
-        "", "PEM file of the CA that nodes trust.", required=True, example="/etc/fl/ca.crt"
+        "",
+        "PEM file of the CA that nodes trust; not used by this version.",
+        required=True,
+        example="/etc/fl/ca.crt",
     )
-    crl_path: str = option("", "PEM revocation list, empty for none.")
+    crl_path: str = option("", "PEM revocation list, empty for none; not used by this version.")
     cipher_list: str = option(
         "",
         "TLS 1.2 cipher suites, separated by colons.",
@@ -237,10 +278,12 @@ class SummarySettings:
         10, "Failed iterations in a row that are reported as an event.", limits=_AT_LEAST_ONE
     )
     metrics_file: str = option(
-        "", "One JSON line per iteration is appended here.", required=True, example="metrics.json"
+        "", "One JSON line per iteration; not written by this version.", required=True, example="metrics.json"
     )
     failure_event_file: str = option("", "Events are appended here.", required=True, example="event.txt")
-    data_rate_dir: str = option("", "Folder of the data rate files, empty for none.")
+    data_rate_dir: str = option(
+        "", "Folder of the data rate files, empty for none; not written by this version."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,8 +412,28 @@ class ClientSettings:
 
 @dataclass(frozen=True, slots=True)
 class RedisSettings:
-    """Patience with Redis."""
+    """How Redis is found, who we are there, and patience with it."""
 
+    username: str = option("", "ACL user at Redis, empty for the default user.")
+    password_file: str = option(
+        "",
+        "File whose first line is the password at Redis; only its owner should be able to read it.",
+    )
+    database: int = option(0, "Number of the database.", limits=Limits(0, 65535))
+    sentinels: tuple[Address, ...] = option(
+        (),
+        "Sentinels that know the address of Redis, host:port,host:port; distributed_cache.address is then not used.",
+        kind=Kind.STR,
+        parse=parse_addresses,
+    )
+    sentinel_master: str = option("fl", "Name under which the Sentinels know our Redis.")
+    sentinel_username: str = option("", "ACL user at the Sentinels, empty for the default user.")
+    sentinel_password_file: str = option("", "File whose first line is the password at the Sentinels.")
+    tls: RedisTls = option(
+        RedisTls.AUTO,
+        "Encrypt the link to Redis and the Sentinels, with the files of distributed_cache; auto: as enable_ssl. A "
+        "unix socket is never encrypted.",
+    )
     connect_timeout: float = option(
         3.0, "Time to connect.", unit="s", limits=Limits(0.0, 60.0, low_open=True)
     )
@@ -384,13 +447,18 @@ class RedisSettings:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSettings:
-    """Listeners of fl-schedulerd."""
+    """Listeners of fl-schedulerd, and how it answers."""
 
     manage_address: Address = option(
         Address("127.0.0.1", 11202), "Operator API.", kind=Kind.STR, parse=parse_address
     )
     admin_address: Address = option(
         Address("127.0.0.1", 11302), "Metrics and health.", kind=Kind.STR, parse=parse_address
+    )
+    integer_code: bool = option(
+        False,
+        'Answer with "code":0 or 1, as the published guide shows it, instead of the "0" or "1" of MindSpore '
+        "Federated 0.1.",
     )
 
 
@@ -405,7 +473,9 @@ class ServerSettings:
         parse=parse_address,
     )
     tcp_ip: str = option(
-        "", "Address under which other nodes reach this one; empty: the first usable one.", parse=parse_host
+        "",
+        "Address under which other nodes reach this one; empty: this host's address on the way to Redis.",
+        parse=parse_host,
     )
     tcp_port: int = option(6766, "Node channel; instance N takes port + N.", limits=_PORT)
     admin_address: Address = option(
@@ -419,6 +489,20 @@ class ServerSettings:
     ledger_dir: str = option(
         "",
         "Folder of the update ledgers, shared by the servers of a host; empty: ledgers/ in checkpoint_dir.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """Who may use the node channel."""
+
+    allow: tuple[str, ...] = option(
+        ("127.0.0.0/8", "::1/128"),
+        "Networks of workers, as a,b in CIDR form. Without TLS this is all that keeps others out of worker rounds; "
+        "servers are known by their registration in Redis.",
+        kind=Kind.STR,
+        example="127.0.0.0/8,10.0.0.0/24",
+        parse=parse_networks,
     )
 
 
@@ -489,9 +573,12 @@ class LogSettings:
 class FedcoreSettings:
     """What MindSpore Federated does not know; an unknown key in here is an error."""
 
-    redis: RedisSettings = section(RedisSettings, "Patience with Redis.")
+    redis: RedisSettings = section(
+        RedisSettings, "How Redis is found, who we are there, and patience with it."
+    )
     scheduler: SchedulerSettings = section(SchedulerSettings, "Listeners of fl-schedulerd.")
     server: ServerSettings = section(ServerSettings, "Listeners and files of fl-serverd.")
+    node: NodeSettings = section(NodeSettings, "Who may use the node channel.")
     device: DeviceSettings = section(DeviceSettings, "Limits of device connections.")
     ledger: LedgerSettings = section(LedgerSettings, "Where accepted uploads wait for their merge.")
     log: LogSettings = section(LogSettings, "The log.")
@@ -511,7 +598,10 @@ class Settings:
         choice_fault="{} is invalid. Server mode must be " + ", ".join(ServerMode),
     )
     enable_ssl: bool = option(
-        False, "TLS for devices, operators, nodes and Redis.", required=True, example=False
+        False,
+        "TLS for devices, operators and Redis; not yet for the node channel between servers.",
+        required=True,
+        example=False,
     )
     aggregation: AggregationSettings = section(
         AggregationSettings, "The rule that turns uploads into the next model."

@@ -62,6 +62,15 @@ class ServerMetrics(CommonMetrics):
         self._updates_refused = Counter(
             "fl_updates_refused_total", "Updates not counted, by reason", ["reason"], registry=registry
         )
+        self.updates_lost = Counter(
+            "fl_updates_lost_total",
+            "Updates that were counted and then lost, with a server and its ledger",
+            registry=registry,
+        )
+        self.attempt = Gauge(
+            "fl_iteration_attempt", "Attempt at the current iteration, from 1", registry=registry
+        )
+        self.peers = Gauge("fl_peers", "Other servers of the job that live", registry=registry)
         self.connections = Gauge("fl_device_connections", "Open device connections", registry=registry)
         self.iteration = Gauge("fl_iteration", "Number of the current iteration", registry=registry)
         self._phase = Gauge("fl_iteration_phase", "1 for the current phase", ["phase"], registry=registry)

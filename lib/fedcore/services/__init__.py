@@ -1,1 +1,1 @@
-"""One Twisted service per file; the thin shell around the pure packages."""
+"""The thin shell around the pure packages: one service, or one of its parts, per file."""

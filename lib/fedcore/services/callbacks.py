@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedcore.services.iteration_driver import IterationEnd
+from fedcore.services.reporting import IterationEnd
 
 
 class Callback:

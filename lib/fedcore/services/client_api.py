@@ -19,8 +19,7 @@ from twisted.python.failure import Failure
 from fedcore.config import Settings
 from fedcore.core import admission, backoff
 from fedcore.core.admission import Acceptance, Selection, Verdict
-from fedcore.core.iteration import ClientSelected
-from fedcore.core.quorum import update_threshold
+from fedcore.core.client_key import client_key
 from fedcore.errors import ArrayError, FedcoreError, MalformedRequest, StoreError
 from fedcore.ledger.layout import MAX_FL_ID
 from fedcore.ledger.ledger import Slot
@@ -29,8 +28,9 @@ from fedcore.net.routes import Response, Route, Sink
 from fedcore.observe.metrics import OUTCOMES, UNAVAILABLE, ServerMetrics
 from fedcore.services.answers import Answer, Answers
 from fedcore.services.iteration_driver import IterationDriver
+from fedcore.services.terms import update_limit
 from fedcore.services.update_intake import NoRoom, UpdateIntake
-from fedcore.store.cluster_state import ClientMeta, IterationMoved, Reserve
+from fedcore.store.cluster_state import ClientMeta, Reserve, StateMissing
 from fedcore.wire import codec
 from fedcore.wire.arrays import Layout, all_finite, check_update
 from fedcore.wire.messages import (
@@ -45,15 +45,9 @@ from fedcore.wire.messages import (
 
 START_LIMIT = 256 * 1024  # bytes; a request with its certificate chain takes some 20 KiB
 GET_LIMIT = 64 * 1024
+_LOOKS = 3  # at the shared state, until it is clear whether this server is behind
 INNER_ERROR = "An inner error occurred"
 _TEXT = b"text/html; charset=ISO-8859-1"  # what the original sends with everything; old devices do not look
-
-
-def update_limit(layout: Layout) -> int:
-    """Return the longest body of an updateModel: all weights, their names, and room for everything else."""
-    return (
-        4 * layout.total_floats + sum(2 * len(weight.name.encode()) + 128 for weight in layout) + 256 * 1024
-    )
 
 
 @dataclass(slots=True)
@@ -92,9 +86,7 @@ class ClientApi:
         self.longest_update = update_limit(layout)
         self.answers = Answers(settings, driver.models)
         self.answers.open(driver.iteration.number)
-        self._places = settings.round.start_fl_job_threshold
-        self._quorum = update_threshold(self._places, settings.round.update_model_ratio)
-        self._window_ms = settings.round.start_fl_job_time_window + settings.round.update_model_time_window
+        driver.on_terms.append(self._follow_terms)
         self._hold = settings.fedcore.device.hold_time
         self._margin_ms = int(settings.fedcore.device.retry_margin * 1000)
         self._metrics = metrics
@@ -119,15 +111,15 @@ class ClientApi:
             text = await self._pass_gate("startFLJob", until)
             if text is not None:
                 return text
-            number = self.driver.iteration.number
+            seen = self.driver.where
             try:
-                selection = await self._select(request, number, fault is None)
+                selection = await self._select(request, seen[0], fault is None)
             except StoreError as error:
-                if await self._settled(error, number, until):
+                if await self._settled(error, seen, until):
                     continue
                 selection = Selection.FULL
             full = selection is Selection.RESERVED or (selection is Selection.FULL and self._complete)
-            if full and await self._moved_on(number, until):
+            if full and await self._moved_on(seen, until):
                 continue
             verdict = admission.judge_start(selection, request.fl_id, fault)
             return (
@@ -165,14 +157,15 @@ class ClientApi:
         text = await self._pass_gate("getModel", self._reactor.seconds())
         if text is not None:
             return text
+        until = self._reactor.seconds() + self._hold
+        if not await self._up_to_date(request.iteration, until):
+            return self._current.model_not_ready(self._next_req_time())
         iteration = self.driver.iteration
-        if request.iteration > iteration.number and self.driver.cluster is None:
-            return self._current.model_not_ready(
-                self._next_req_time()
-            )  # this server only guesses where the job is
         if request.iteration == iteration.number:
-            until = self._reactor.seconds() + self._hold
-            if not self._complete or not await self._moved_on(iteration.number, until):
+            while self._complete and self.driver.iteration.number == iteration.number:
+                if not await self._moved_on(self.driver.where, until):
+                    break
+            if self.driver.iteration.number == iteration.number:
                 return self._current.model_not_ready(self._next_req_time())
         return self._current.model(request.iteration, self._opening())
 
@@ -185,10 +178,10 @@ class ClientApi:
         margin = self._margin_ms  # a refused device returns within two of them after the expected opening
         reserve = Reserve(self._next_req_time() - self._now_ms(), 2 * margin, margin)
         selection, count = await cluster.select_client(
-            number, request.fl_id, meta, places=self._places, fit=fit, reserve=reserve
+            number, request.fl_id, meta, places=self.driver.policy.start_threshold, fit=fit, reserve=reserve
         )
         if selection is Selection.SELECTED:
-            self.driver.note(ClientSelected(number, count))
+            self.driver.place_given(cluster, number, count, client_key(request.fl_id), meta)
         return selection
 
     async def _count(self, slot: Slot, request: RequestUpdateModel) -> tuple[Acceptance | None, Answer | str]:
@@ -207,17 +200,17 @@ class ClientApi:
                     cluster,
                     iteration.number,
                     iteration.attempt,
-                    quorum=self._quorum,
+                    quorum=self.driver.policy.update_threshold,
                     fit=fits,
                 )
             except StoreError as error:
-                if await self._settled(error, iteration.number, until):
+                if await self._settled(error, (iteration.number, iteration.attempt), until):
                     continue
                 acceptance, count = Acceptance.FULL, 0
             if acceptance is Acceptance.ACCEPTED:
                 self._metrics.updates_accepted.inc()
                 self._metrics.upload_bytes.inc(slot.length)
-                self.driver.upload_counted(iteration.number, count)
+                self.driver.upload_counted(cluster, iteration.number, iteration.attempt, count)
             elif acceptance is not Acceptance.REPEATED:
                 self._metrics.refuse_update(acceptance.value)
             next_req_time = self._next_req_time()
@@ -255,25 +248,59 @@ class ClientApi:
         left = until - self._reactor.seconds()
         return left > 0 and await self.driver.store_back(left)
 
-    async def _moved_on(self, number: int, until: float) -> bool:
-        return await self.driver.moved_on(number, max(0.0, until - self._reactor.seconds()))
+    async def _up_to_date(self, wanted: int, until: float) -> bool:
+        """Make sure that this server has its model in front, and is not behind the others; False if it cannot.
 
-    async def _settled(self, error: StoreError, number: int, until: float) -> bool:
+        A device that asks for a later iteration than this server's was served by another one: whether the job is
+        there, or the device only says so, is for the shared state to tell.
+        """
+        driver = self.driver
+        for _ in range(_LOOKS):
+            seen = driver.where
+            if seen[0] >= wanted or driver.cluster is None:
+                break
+            try:
+                await driver.look()
+            except StoreError:
+                if not await self._store_back(until):
+                    return False
+                continue
+            if driver.iteration.number >= wanted or not (driver.busy or driver.iteration.changing):
+                break
+            if not await self._moved_on(seen, until):
+                return False
+        return driver.serving or await self._store_back(until)
+
+    async def _moved_on(self, seen: tuple[int, int], until: float) -> bool:
+        return await self.driver.moved_on(seen, max(0.0, until - self._reactor.seconds()))
+
+    async def _settled(self, error: StoreError, seen: tuple[int, int], until: float) -> bool:
         """After the shared state proved to be elsewhere or away: whether another try is worth it."""
-        if isinstance(error, IterationMoved) and error.number == number:
-            return await self._moved_on(number, until)  # sealed: the next iteration is on its way
         if self._reactor.seconds() >= until:
             return False
         try:
             await self.driver.look()
         except StoreError:
             return await self._store_back(until)
-        return self.driver.iteration.number != number or await self._moved_on(number, until)
+        if isinstance(error, StateMissing) or self.driver.where != seen:
+            return True
+        return await self._moved_on(seen, until)
 
     @property
     def _complete(self) -> bool:
         """Whether the quorum is reached, so that the next iteration is near."""
-        return self.driver.iteration.changing or self.driver.iteration.uploaded >= self._quorum
+        now = self.driver.iteration
+        return now.changing or now.uploaded >= self.driver.policy.update_threshold
+
+    @property
+    def _window_ms(self) -> int:
+        """Longest time that the rounds of an iteration may take."""
+        return int(1000 * (self.driver.policy.start_window + self.driver.policy.update_window))
+
+    def _follow_terms(self, settings: Settings) -> None:
+        """Tell devices what the settings say that are in force now."""
+        self.answers = Answers(settings, self.driver.models)
+        self._answers_of = 0
 
     @property
     def _current(self) -> Answers:
@@ -411,11 +438,10 @@ def device_routes(
     api: ClientApi, prefix: str, metrics: ServerMetrics, clock: Callable[[], float]
 ) -> dict[bytes, Route]:
     """Return path -> route; a prefix is put before the round's name as it is, without a slash between them."""
-    answers = api.answers
     failures: dict[str, Callable[[], Answer]] = {
-        "startFLJob": lambda: answers.start_refused(500, INNER_ERROR, 0),
-        "updateModel": lambda: answers.update(500, INNER_ERROR, 0),
-        "getModel": lambda: answers.model_refused(500, INNER_ERROR),
+        "startFLJob": lambda: api.answers.start_refused(500, INNER_ERROR, 0),
+        "updateModel": lambda: api.answers.update(500, INNER_ERROR, 0),
+        "getModel": lambda: api.answers.model_refused(500, INNER_ERROR),
     }
     rounds: list[Route] = [
         SmallRound("startFLJob", api.start_fl_job, failures["startFLJob"], START_LIMIT, metrics, clock),

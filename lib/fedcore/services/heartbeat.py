@@ -55,6 +55,8 @@ class Heartbeat(Service):
         if cluster is not None:
             try:
                 await cluster.heartbeat(*self._node)
-                self.registered = True
+                if not self.registered:
+                    self.registered = True
+                    await cluster.announce_join()
             except StoreError:
                 return  # counted by the connection; the next beat is a second away

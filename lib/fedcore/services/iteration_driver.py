@@ -2,164 +2,144 @@
 
 The driver holds this server's copy of the iteration and performs effects one after another; while it does, events
 wait in a queue. Every effect on the shared state is a compare-and-set. One that is lost, or whose outcome a broken
-connection hides, is followed by a fresh look at the shared state, from which the machine goes on. A look once a
-second repairs whatever was missed.
+connection hides, is followed by a fresh look at the shared state, from which the machine goes on. Changes by others
+are heard of at once; a look once a second repairs whatever was missed.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from datetime import datetime
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from twisted.application.service import Service
-from twisted.internet import defer, task, threads
+from twisted.internet import defer, task
 from twisted.logger import Logger
 
-from fedcore.aggregation import fedavg
-from fedcore.aggregation.fedavg import Spans
+from fedcore.config import Settings, hyper_parameters
 from fedcore.core import iteration as core
-from fedcore.core.iteration import Iteration, Phase, Policy
-from fedcore.core.job import RunningState
-from fedcore.errors import FedcoreError, StoreError, StoreUnavailable
-from fedcore.ledger.layout import Epoch, Totals, sum_of
-from fedcore.models import checkpoints
+from fedcore.core import model_info
+from fedcore.core.iteration import Iteration, Phase
+from fedcore.errors import ConfigError, FedcoreError, StoreError, StoreUnavailable
+from fedcore.ledger.layout import Epoch
+from fedcore.ledger.ledger import Partial
 from fedcore.models.history import ModelHistory
 from fedcore.observe.metrics import ServerMetrics
-from fedcore.services.ledgers import LOSS_S, Ledgers
+from fedcore.services.guard import UpdateGuard
+from fedcore.services.joining import Joined, join
+from fedcore.services.ledgers import Ledgers
+from fedcore.services.loss import LossJudge
+from fedcore.services.peers import Peers
+from fedcore.services.publication import Candidate, Found, Publication
+from fedcore.services.recovery import Memory, bring_back
+from fedcore.services.reduction import Reduced, Reduction
+from fedcore.services.reporting import IterationEnd, Reporter
+from fedcore.services.terms import ledger_shape, policy_of
 from fedcore.services.update_intake import UpdateIntake
-from fedcore.store.cluster_state import ClusterState, Snapshot, claim_instance
+from fedcore.store import instances
+from fedcore.store.cluster_state import ClientMeta, ClusterState, Raised, Rebased, Snapshot
 from fedcore.store.keys import job_ttl
-from fedcore.store.redis import Redis
-from fedcore.wire.arrays import all_finite
-from fedcore.wire.image import ImageTemplate, ModelImage
+from fedcore.store.redis import Commands, Redis
 
 TICK_S = 1.0
-_DIGEST = "digest"  # key of a checkpoint's metadata
+CLAIM_PAUSE_S = 0.5  # the server that sealed an iteration makes its model, unless it dies first
+REBASE_S = 10.0  # how long a model that nobody has is waited for, until the newest one here takes its place
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What a driver needs to know of its job.
+class Parts:
+    """What the driver works with; each is described where it lives."""
 
-    Attributes:
-        fl_name: name of the job.
-        policy: thresholds and windows.
-        global_window_ms: lifetime of the keys follows from it.
-        checkpoint_dir: where models are kept.
-        node_id: this server.
-        new_instance_name: made on the spot if the job has no instance yet.
-        hyper_parameters: what this server's file says, for all to share.
-    """
-
-    fl_name: str
-    policy: Policy
-    global_window_ms: int
-    checkpoint_dir: Path
-    node_id: str
-    new_instance_name: Callable[[], str]
-    hyper_parameters: dict[str, object]
-
-
-@dataclass(frozen=True, slots=True)
-class IterationEnd:
-    """How an iteration ended, for those who follow the training.
-
-    Attributes:
-        fl_name: the job.
-        instance: its instance.
-        number: the iteration that ended.
-        valid: whether it made a model.
-        result: why it ended.
-        model: the model that now counts.
-        checkpoint: file that holds the model, or None if this iteration wrote none.
-        totals: what is known of the updates in the model; empty if it is not valid.
-        seconds: from the first startFLJob to now, or None if nobody came.
-    """
-
-    fl_name: str
-    instance: str
-    number: int
-    valid: bool
-    result: str
-    model: ModelImage
-    checkpoint: Path | None
-    totals: Totals
-    seconds: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """The model that this server made for the current iteration."""
-
-    number: int
-    image: ModelImage
-    totals: Totals
-    checkpoint: Path | None = None
+    redis: Redis
+    ledgers: Ledgers
+    intake: UpdateIntake
+    models: ModelHistory
+    reduction: Reduction
+    publication: Publication
+    peers: Peers
+    judge: LossJudge
+    reporter: Reporter
+    metrics: ServerMetrics
 
 
 class IterationDriver(Service):
     """One server's part in the iterations of a job.
 
     Attributes:
+        node_id: this server.
+        settings: those in force: the file's, with the values that the cluster shares.
+        policy: the numbers that rule an iteration.
         iteration: this server's copy of the current iteration.
         cluster: the shared state, None until the server has joined.
         models: the newest models.
+        others: node ids of the other servers that live, as of the last look.
+        places: clients that this server gave a place in the current iteration, client key -> what they declared.
         filled: seconds, when all places of the current iteration were taken, or None.
         typical: seconds that the last valid iteration took from then to its end, or None.
+        busy: whether an effect is under way.
+        problem: why this server does not serve, although it has joined; "" if it does.
+        stopping_partials: the sealed sums of a server that is about to stop, None before.
     """
 
     log = Logger()
 
     def __init__(
         self,
-        job: Job,
-        redis: Redis,
-        ledgers: Ledgers,
-        intake: UpdateIntake,
-        models: ModelHistory,
-        template: ImageTemplate,
-        metrics: ServerMetrics,
+        node_id: str,
+        settings: Settings,
+        parts: Parts,
+        new_instance_name: Callable[[], str],
         reactor: Any,
-        wall_clock: Callable[[], datetime],
     ) -> None:
-        """Drive ``job`` from the newest of ``models`` on."""
-        self.job = job
-        self.redis = redis
-        self.models = models
+        """Drive the job of ``settings`` from the newest of the models on."""
+        self.node_id = node_id
+        self.settings = settings
+        self.policy = policy_of(settings)
+        self.models = parts.models
         self.cluster: ClusterState | None = None
-        self.iteration = Iteration(models.newest + 1)
+        self.iteration = Iteration(parts.models.newest + 1, base=parts.models.newest_image.digest)
+        self.others: list[str] = []
+        self.places: dict[str, ClientMeta] = {}
         self.filled: float | None = None
         self.typical: float | None = None
+        self.problem = ""
+        self.busy = False
+        self.stopping_partials: list[Partial] | None = None
         self.on_join: list[Callable[[], object]] = []
-        self.on_iteration_end: list[Callable[[IterationEnd], None]] = []
-        self._ledgers = ledgers
-        self._intake = intake
-        self._spans = Spans(template.layout)
-        self._incomplete: tuple[int, float] | None = None  # iteration, and since when its sums are short
-        self._template = template
-        self._metrics = metrics
+        self.on_terms: list[Callable[[Settings], object]] = []
+        self.on_leave: Callable[[], object] = lambda: None
+        self.on_fatal: Callable[[ConfigError], object] = lambda error: None
+        self._file_settings = settings
+        self._parts = parts
+        self._redis, self._ledgers, self._intake = parts.redis, parts.ledgers, parts.intake
+        self._publication, self._reporter = parts.publication, parts.reporter
+        self._new_instance_name = new_instance_name
         self._reactor = reactor
-        self._wall_clock = wall_clock
         self._events: deque[core.Event] = deque()
         self._effects: deque[core.Effect] = deque()
-        self._busy = False
         self._joining = False
         self._guarding = False
-        self._candidate: _Candidate | None = None
+        self._opened = 0  # the iteration whose model is in front
+        self._look_wanted = False
+        self._looking = False
         self._waiting: list[defer.Deferred[None]] = []
         self._deadline: Any = None
         self._deadline_at = 0.0
         self._started: float | None = None  # first startFLJob of the iteration that is ending
         self._filled_before: float | None = None  # ``filled`` of that iteration
+        self._counted_before = 0  # updates of that iteration
         self._last_upload: float | None = None
-        metrics.quorums.labels("startFLJob").set(job.policy.start_threshold)
-        metrics.quorums.labels("updateModel").set(job.policy.update_threshold)
+        self._sealed_here: tuple[int, int] | None = None  # iteration and attempt that this server sealed
+        self._follows = False  # whether this server was in an instance before the one that it is to join
+        self._memory = Memory(reactor)
+        self._guard = UpdateGuard(self, parts, self._memory)
+        self._run_id = ""  # of the Redis that knows all this server knows
+        self._baseless_since: float | None = None
+        self._reporter.policy(self.policy)
         self._tick = task.LoopingCall(self._look_again)
         self._tick.clock = reactor
+        parts.redis.before_use.append(self._before_use)
 
     def startService(self) -> None:
         super().startService()
@@ -177,52 +157,98 @@ class IterationDriver(Service):
     def note(self, event: core.Event) -> None:
         """Take notice of an event."""
         self._events.append(event)
-        if not self._busy:
+        if not self.busy:
             self._work()
 
-    def upload_counted(self, number: int, count: int) -> None:
-        """Take notice of an accepted update."""
-        self._last_upload = self._reactor.seconds()
-        self.note(core.UploadCounted(number, count))
+    def place_given(
+        self, cluster: ClusterState, number: int, count: int, client: str, meta: ClientMeta
+    ) -> None:
+        """Take notice of a client that got a place."""
+        if cluster is self.cluster:
+            if number == self.iteration.number:
+                self.places[client] = meta
+            self.note(core.ClientSelected(number, count))
 
-    async def moved_on(self, number: int, seconds: float) -> bool:
-        """Wait until another iteration than ``number`` is served, at most so many seconds; tell whether it is."""
+    def upload_counted(self, cluster: ClusterState, number: int, attempt: int, count: int) -> None:
+        """Take notice of an accepted update."""
+        if cluster is self.cluster:
+            self._last_upload = self._reactor.seconds()
+            self.note(core.UploadCounted(number, attempt, count))
+
+    async def moved_on(self, seen: tuple[int, int], seconds: float) -> bool:
+        """Wait until another iteration or attempt than ``seen`` is served; tell whether it is, in so many seconds."""
+        return await self._wait(lambda: self.serving and self.where != seen, seconds)
+
+    async def store_back(self, seconds: float) -> bool:
+        """Wait until this server can take part again, at most so many seconds; tell whether it can."""
+        return await self._wait(lambda: self.joined, seconds)
+
+    async def _wait(self, condition: Callable[[], bool], seconds: float) -> bool:
         limit = self._reactor.seconds() + seconds
-        while self.iteration.number == number and self.running and self._reactor.seconds() < limit:
+        while not condition() and self.running and self._reactor.seconds() < limit:
             waiter: defer.Deferred[None] = defer.Deferred()
             waiter.addTimeout(limit - self._reactor.seconds(), self._reactor)
             self._waiting.append(waiter)
             try:
                 await waiter
             except defer.TimeoutError:
-                self._waiting.remove(waiter)
-        return self.iteration.number != number
-
-    async def store_back(self, seconds: float) -> bool:
-        """Wait until the shared state can be reached, at most so many seconds; tell whether it can."""
-        limit = self._reactor.seconds() + seconds
-        while not self.joined and self.running and self._reactor.seconds() < limit:
-            if self.redis.available:
-                waiter: defer.Deferred[None] = defer.Deferred()
-                self._waiting.append(waiter)
-            else:
-                waiter = defer.Deferred.fromCoroutine(self.redis.connected())
-            waiter.addTimeout(limit - self._reactor.seconds(), self._reactor)
-            try:
-                await waiter
-            except defer.TimeoutError:
                 self._waiting = [other for other in self._waiting if other is not waiter]
-        return self.joined
+        return condition()
+
+    @property
+    def where(self) -> tuple[int, int]:
+        """Iteration and attempt."""
+        return self.iteration.number, self.iteration.attempt
+
+    @property
+    def serving(self) -> bool:
+        """Whether the model that the current iteration starts from is in front."""
+        return self.cluster is not None and self._opened == self.iteration.number
 
     @property
     def joined(self) -> bool:
         """Whether this server takes part in its job and can reach the shared state."""
-        return self.cluster is not None and self.redis.available and self._ledgers.own is not None
+        ready = self.cluster is not None and self._redis.available and self._ledgers.own is not None
+        return ready and self.serving
 
     async def look(self) -> None:
         """Compare this server's copy with the shared state now, unless an effect is under way."""
-        if not self._busy:
+        if not self.busy:
             await self._observe()
+
+    def look_soon(self) -> None:
+        """Compare this server's copy with the shared state as soon as no effect is under way."""
+        self._look_wanted = True
+        if not self.busy and not self._looking:
+            self._run(self._look_while_wanted())
+
+    def heard(self, message: bytes) -> None:
+        """Take notice of a change of the shared state; b"" says that some may have been missed."""
+        if self.cluster is None or not self._redis.available:
+            return
+        if message in (b"", b"released", b"forgotten"):
+            self._run(self._repair())
+        elif message == b"joined":
+            self._run(self.refresh_others())
+        else:
+            self.look_soon()
+
+    async def remind(self) -> None:
+        """Tell Redis what it has forgotten of what this server knows; others do so for themselves."""
+        if await self._bring_back(self.joined_cluster()) is Raised.NEWER:
+            self._leave_instance()
+
+    async def refresh_others(self) -> list[str]:
+        """Look who lives."""
+        nodes = await self.joined_cluster().nodes("server")
+        self.others = [node.node_id for node in nodes if node.node_id != self.node_id]
+        self._parts.metrics.peers.set(len(self.others))
+        return self.others
+
+    def epoch(self) -> Epoch:
+        """Return which updates this server's ledger may take."""
+        instance = self.joined_cluster().keys.instance
+        return Epoch(instance, self.iteration.number, self.models.newest_image.digest)
 
     # ---- the machine
 
@@ -231,251 +257,339 @@ class IterationDriver(Service):
         while self._events and not self._effects:
             self._step(self._events.popleft())
         if self._effects:
-            self._busy = True
+            self.busy = True
             self._run(self._perform_all())
 
     def _step(self, event: core.Event) -> None:
         before = self.iteration
-        self.iteration, effects = core.step(before, event, self._reactor.seconds(), self.job.policy)
+        self.iteration, effects = core.step(before, event, self._reactor.seconds(), self.policy)
         self._effects.extend(effects)
+        match event:
+            case core.Observed(seen, _, success, result) if seen.rank >= before.rank:
+                self._memory.ended = (success, result)
+            case core.Advanced(success, result):
+                self._memory.ended = (success, result)
         if self.iteration != before:
             self._show(before)
 
     async def _perform_all(self) -> None:
         try:
             while self._effects:
+                cluster = self.cluster
                 try:
                     event = await self._perform(self._effects[0])
                 except StoreUnavailable:
-                    await self.redis.connected()
+                    await self._redis.connected()
                     event = await self._observed()
+                if self.cluster is not cluster:
+                    return  # another instance: nothing of this matters any more
                 self._effects.popleft()
+                if isinstance(event, core.Observed):
+                    event = replace(event, fresh=True)  # what was counted meanwhile waits in the queue
                 if event is not None:
                     self._step(event)
                 while self._events and not self._effects:
                     self._step(self._events.popleft())
         finally:
             self._effects.clear()
-            self._busy = False
+            self.busy = False
+            if self._look_wanted:
+                self.look_soon()
 
     async def _perform(self, effect: core.Effect) -> core.Event | None:
         """Do what an effect asks; return the event that reports it, None if there is nothing to report."""
-        cluster = self._joined_cluster()
+        cluster = self.joined_cluster()
         match effect:
             case core.Seal(number, attempt):
-                done = await cluster.set_phase(number, attempt, Phase.COLLECTING, Phase.SEALED)
+                self._sealed_here = (number, attempt)
+                done = await cluster.seal(number, attempt, self.policy.update_threshold)
                 return core.Sealed() if done else await self._observed()
-            case core.ClaimReduction(number, attempt):
-                if not await self._ledgers.hold_updates(cluster, number):
-                    return None  # those who hold them make the model; their ledgers are adopted if they die
-                token = {"token": self.job.node_id}
-                done = await cluster.set_phase(number, attempt, Phase.SEALED, Phase.REDUCING, token)
-                return core.ReductionClaimed() if done else await self._observed()
-            case core.Reduce(number, attempt):
-                return await self._reduce(cluster, number)
-            case core.RecordCandidate(number, attempt, digest):
-                fields = {"digest": digest}
-                done = await cluster.set_phase(number, attempt, Phase.REDUCING, Phase.CANDIDATE, fields)
-                return core.CandidateRecorded() if done else await self._observed()
-            case core.MakeDurable(number):
-                if self._candidate is None or self._candidate.number != number:
-                    again = await self._reduce(cluster, number)
-                    if again is None:
-                        return None
-                    if again != core.ModelReduced(self.iteration.digest):
-                        return core.UpdatesLost()
-                await self._save(number)
-                return core.CandidateDurable()
-            case core.Advance(number, attempt, success, result, finishes, phase):
+            case core.ClaimReduction(number, attempt, token):
+                return await self._claim(cluster, number, attempt, token)
+            case core.Reduce():
+                return await self._reduce()
+            case core.RecordCandidate(number, attempt, token, digest):
+                candidate = self._publication.candidate(digest)
+                updates = 0 if candidate is None or candidate.totals is None else candidate.totals.count
+                done = await cluster.record_candidate(number, attempt, token, digest, updates)
+                return core.CandidateRecorded(digest) if done else await self._observed()
+            case core.SpreadCandidate(digest=digest):
+                return await self._spread(digest)
+            case core.Reopen():
+                await self._reopen(cluster, effect)
+                return await self._observed()
+            case core.Resume(attempt=attempt):
+                self._parts.reduction.forget()
+                self._intake.resume(attempt)
+                self._wake()
+            case core.Advance():
                 done = await cluster.advance(
-                    number, attempt, success=success, result=result, finishes=finishes, phase=phase
+                    effect.number,
+                    effect.attempt,
+                    phase=effect.phase,
+                    success=effect.success,
+                    result=effect.result,
+                    finishes=effect.finishes,
+                    token=effect.token,
+                    base=effect.base,
                 )
-                return core.Advanced(success, result) if done else await self._observed()
+                return core.Advanced(effect.success, effect.result) if done else await self._observed()
             case core.Open():
-                self._open(effect)
+                await self._open(effect)
+            case core.Interrupt():
+                await instances.disable(
+                    self._redis, cluster.keys.fl_name, cluster.keys.instance, self._job_ttl
+                )
+                return await self._observed()
+            case core.Finish():
+                await cluster.finish(self.iteration.number)
+                return await self._observed()
+            case core.Leave():
+                self.log.warn("the job is stopped: Redis says so")
+                self.on_leave()
         return None
 
-    async def _reduce(self, cluster: ClusterState, number: int) -> core.Event | None:
-        """Make the model of all accepted updates, or say why there is none.
+    async def _claim(self, cluster: ClusterState, number: int, attempt: int, token: str) -> core.Event | None:
+        """Become the finaliser; the server that sealed goes first, one without the model not at all."""
+        if not self.serving:
+            return None
+        waits = self._sealed_here != (number, attempt) and self._memory.sealed_for() < CLAIM_PAUSE_S
+        if not token and waits:
+            return None  # the next look comes within a second
+        claimed = await cluster.claim_reduction(number, attempt, token, self.node_id)
+        if claimed is None:
+            return await self._observed()
+        return core.ReductionClaimed(*claimed)
 
-        While a ledger with counted updates is in nobody's hands, None: the next look at the shared state tries again.
-        """
+    async def _reduce(self) -> core.Event | None:
+        """Make the model of all counted updates."""
+        outcome = await self._parts.reduction.reduce(
+            self.joined_cluster(),
+            self.iteration,
+            self.epoch(),
+            self.models.newest_image,
+            self.policy.update_threshold,
+            lambda: [peer for peer in self._memory.in_doubt(self.others) if peer != self.node_id],
+        )
+        if not isinstance(outcome, Reduced):
+            return outcome
+        self._publication.hold(Candidate(self.iteration.number, outcome.image, outcome.totals))
+        return core.ModelReduced(outcome.image.digest)
+
+    async def _spread(self, digest: str) -> core.Event | None:
+        """Make the candidate safe; one that died with its finaliser is made again."""
+        others = await self.refresh_others()
+        if self._publication.candidate(digest) is None:
+            await self._publication.obtain(digest, self.iteration.number, others)
+        if self._publication.candidate(digest) is None:
+            again = await self._reduce()
+            if not isinstance(again, core.ModelReduced):
+                return again
+            if again.digest != digest:
+                self.log.error(
+                    "the model of iteration {iteration} came out different the second time",
+                    iteration=self.iteration.number,
+                )
+                return core.ReductionFailed(core.server_exited(self.iteration.number))
+        candidate = self._publication.candidate(digest)
+        if candidate is None:
+            return None  # another instance has begun meanwhile
         try:
-            own = await self._intake.seal()
-        except FedcoreError as error:
-            self.log.error(
-                "the sum of iteration {iteration} is unusable: {error}", iteration=number, error=error
-            )
-            return core.ReductionFailed(core.aggregation_failed(number))
-        await self._ledgers.adopt(cluster, self._epoch(), self.job.node_id)
-        known = [*self._ledgers.adopted.values(), *([] if own is None else [own])]
-        partials = sorted(known, key=lambda partial: partial.ledger_id)
-        held = {partial.ledger_id: partial.totals.count for partial in partials if partial.totals.count}
-        counted = await cluster.uploads_by_ledger(number)
-        if counted != held:
-            now = self._reactor.seconds()
-            if self._incomplete is None or self._incomplete[0] != number:
-                self._incomplete = (number, now)
-            if not counted.keys() <= self._ledgers.in_hand and now - self._incomplete[1] < LOSS_S:
-                return None
-            self.log.error(
-                "iteration {iteration} counted updates that no ledger here holds",
-                iteration=number,
-                held=sum(held.values()),
-                counted=sum(counted.values()),
-            )
-            return core.ReductionFailed(core.server_exited(number))
-        previous = self.models.newest_image.arrays
-        image = await self._heavy(
-            lambda: self._template.image(fedavg.mean_of(self._spans, partials, previous))
+            await self._publication.spread(candidate, self.joined_cluster().keys.instance, others)
+        except OSError as error:
+            self.problem = f"the new model cannot be written: {error}"
+            raise
+        return core.CandidateSpread()
+
+    async def _reopen(self, cluster: ClusterState, effect: core.Reopen) -> None:
+        owners = {ledger_id: await cluster.ledger_owner(ledger_id) for ledger_id in effect.ledgers}
+        uploads = await cluster.uploads_by_ledger(effect.number)
+        lost = await cluster.reopen(
+            effect.number,
+            effect.attempt,
+            phase=effect.phase,
+            token=self.iteration.token,
+            ledgers=effect.ledgers,
         )
-        if not all(all_finite(values) for values in image.arrays.values()):
-            return core.ReductionFailed(core.aggregation_failed(number))
-        self._candidate = _Candidate(number, image, sum_of([partial.totals for partial in partials]))
-        return core.ModelReduced(image.digest)
-
-    async def _save(self, number: int) -> None:
-        candidate = self._candidate
-        assert candidate is not None and candidate.number == number
-        layout = candidate.image.layout
-        metadata = {
-            "fl_name": self.job.fl_name,
-            "instance": self._joined_cluster().keys.instance,
-            _DIGEST: candidate.image.digest,
-        }
-        path = await self._heavy(
-            lambda: checkpoints.save(
-                self.job.checkpoint_dir,
-                self.job.fl_name,
-                number,
-                candidate.image.shaped(),
-                {weight.name for weight in layout if not weight.aggregated},
-                metadata,
-                self._wall_clock(),
+        if lost is None:
+            return
+        for ledger_id in effect.ledgers:
+            self._reporter.lost(
+                effect.number, effect.attempt, uploads.get(ledger_id, 0), owners[ledger_id] or "nobody"
             )
-        )
-        self._candidate = replace(candidate, checkpoint=path)
+            self._ledgers.drop(ledger_id)
 
-    async def _heavy(self, work: Callable[[], Any]) -> Any:
-        """Run work that takes long for large models in a thread."""
-        return await threads.deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work)
-
-    def _open(self, effect: core.Open) -> None:
+    async def _open(self, effect: core.Open) -> None:
         """Serve the next iteration."""
-        candidate, self._candidate = self._candidate, None
-        made = effect.success and candidate is not None and candidate.number == effect.ended
+        again, self._opened = self._opened == effect.number, 0
+        candidate = self._publication.take(effect.base) if effect.success else None
+        made = candidate is not None and candidate.number == effect.ended
         if made and candidate is not None:
             self.models.add(effect.ended, candidate.image)
-        else:
+        elif not effect.base or effect.base == self.models.newest_image.digest:
             self.models.carry_over(effect.ended)
-        self._intake.begin(self._epoch())
-        ended = IterationEnd(
-            self.job.fl_name,
-            self._joined_cluster().keys.instance,
+        elif not await self._catch_up(effect.ended, effect.base):
+            return  # the next tick tries again
+        if self.iteration.number != effect.number:
+            return  # another instance has begun meanwhile
+        self._serve(effect.number)
+        now = self._reactor.seconds()
+        end = IterationEnd(
+            self.settings.fl_name,
+            self.joined_cluster().keys.instance,
             effect.ended,
             effect.success,
             effect.result,
             self.models.newest_image,
             candidate.checkpoint if made and candidate else None,
-            candidate.totals if made and candidate else Totals(),
-            None if self._started is None else self._reactor.seconds() - self._started,
+            candidate.totals if made and candidate else None,
+            self._counted_before,
+            None if self._started is None else now - self._started,
         )
-        self._tell(ended)
+        if end.valid and self._filled_before is not None:
+            self.typical = now - self._filled_before
+        if again:
+            return  # it was only rebased
+        self._reporter.ended(end, None if self._last_upload is None else now - self._last_upload)
+        self._last_upload = None
+        if made and candidate and candidate.checkpoint is None:
+            self._run(self._publication.save_behind(candidate, self.joined_cluster().keys.instance))
+
+    def _serve(self, number: int) -> None:
+        """Put the newest model in front."""
+        self._opened, self.problem, self._baseless_since = number, "", None
+        self.places.clear()
+        self._parts.reduction.forget()
+        self._intake.begin(self.epoch(), self.iteration.attempt)
         self._wake()
 
-    def _tell(self, ended: IterationEnd) -> None:
+    async def _catch_up(self, ended: int, base: str) -> bool:
+        """Get the model that an iteration starts from; tell whether it is here.
+
+        After REBASE_S without anybody who has it, the newest model of this server takes its place for all.
+        """
+        cluster = self.joined_cluster()
+        found = await self._publication.obtain(base, ended, await self.refresh_others())
+        if cluster is not self.cluster or (self.iteration.number, self.iteration.base) != (ended + 1, base):
+            return False  # that was long ago
+        image = self._publication.held(base)
+        if image is not None:
+            self.models.add(ended, image)
+            return True
         now = self._reactor.seconds()
-        if ended.valid and ended.seconds is not None:
-            if self._filled_before is not None:
-                self.typical = now - self._filled_before
-            self._metrics.iteration_duration.observe(ended.seconds)
-            if self._last_upload is not None:
-                self._metrics.publication.observe(now - self._last_upload)
-        self._last_upload = None
-        self._metrics.iterations.labels("valid" if ended.valid else "failed").inc()
-        report = self.log.info if ended.valid else self.log.warn
-        report(
-            "iteration {iteration} ended: {result}",
-            iteration=ended.number,
-            valid=ended.valid,
-            result=ended.result,
-            updates=ended.totals.count,
-            seconds=ended.seconds,
+        if found is Found.UNKNOWN:
+            self._baseless_since = None
+            self.problem = f"the model of iteration {ended} is at servers that cannot be reached from here"
+            return False
+        if self._baseless_since is None:
+            self._baseless_since = now
+            self.log.warn("no living server has the model of iteration {iteration}", iteration=ended)
+        self.problem = f"the model of iteration {ended} is at no server that lives"
+        if now - self._baseless_since < REBASE_S:
+            return False
+        newest = self.models.newest
+        self._baseless_since = None
+        number = ended + 1
+        done = await cluster.rebase(
+            number,
+            base,
+            self.models.newest_image.digest,
+            result=core.base_lost(number),
+            finishes=number >= self.policy.last_iteration,
         )
-        for callback in self.on_iteration_end:
-            try:
-                callback(ended)
-            except Exception:
-                self.log.failure(
-                    "a callback failed at the end of iteration {iteration}", iteration=ended.number
-                )
+        if done is not Rebased.OTHER:
+            self.log.error(
+                "the model of iteration {missing} is lost; that of iteration {newest} stands for it",
+                missing=ended,
+                newest=newest,
+            )
+        self.look_soon()
+        return False  # the shared state may name another server's model by now
 
     # ---- the shared state
 
+    async def _look_while_wanted(self) -> None:
+        self._looking = True
+        try:
+            while self._look_wanted and not self.busy:
+                self._look_wanted = False
+                await self._observe()
+        finally:
+            self._looking = False
+
     async def _observe(self) -> None:
+        cluster = self.cluster
         seen = await self._observed()
-        if seen is not None and not self._busy:
+        if seen is not None and not self.busy and cluster is self.cluster:
             self.note(seen)
 
     async def _observed(self) -> core.Event | None:
         """Look at the shared state; return what differs from this server's copy, None if nothing does."""
-        cluster = self._joined_cluster()
-        snapshot = await cluster.read()
-        if snapshot is None:
-            await self._restore(cluster)
-            snapshot = await cluster.read()
+        cluster = self.joined_cluster()
+        look = await cluster.read()
+        if cluster is not self.cluster:
+            return None  # another instance was joined meanwhile
+        snapshot = look.snapshot
+        behind = snapshot is None or self._behind(snapshot)
+        if look.instance != cluster.keys.instance or behind:
+            if await self._bring_back(cluster) is Raised.NEWER:
+                self._leave_instance()
+                return None
+            snapshot = (await cluster.read()).snapshot
+        if cluster is not self.cluster:
+            return None
         if snapshot is None:
             raise StoreUnavailable("Redis forgets the status as soon as it is written")
-        seen = self._localise(snapshot)
-        mine = snapshot.token == self.job.node_id or await self._inherits(cluster, snapshot)
-        if self.iteration.changing or _differ(seen, self.iteration):
-            return core.Observed(seen, mine, snapshot.success, snapshot.result)
+        seen = self._memory.localise(snapshot)  # nothing is awaited from here on: a look must not grow old
+        finaliser = seen.token.partition(":")[2]
+        if seen.changing or _differ(seen, self.iteration):
+            gone = self._guard.is_gone(seen.token, finaliser)
+            mine = finaliser == self.node_id
+            return core.Observed(seen, mine, snapshot.success, snapshot.result, gone and not mine)
         return None
 
-    async def _inherits(self, cluster: ClusterState, snapshot: Snapshot) -> bool:
-        """Take over the making of the model from a dead server all of whose updates are here; tell whether it is so."""
-        now, token = snapshot.iteration, snapshot.token
-        if now.phase not in (Phase.REDUCING, Phase.CANDIDATE) or now.number != self.iteration.number:
-            return False
-        if token not in self._ledgers.inherited:
-            if await cluster.is_alive("server", token):
-                return False
-            counted = await cluster.uploads_by_ledger(now.number)
-            if not counted.keys() <= self._ledgers.in_hand:
-                return False
-        fields = {"token": self.job.node_id}  # or the next one to die would leave a token that nobody knows
-        return await cluster.set_phase(now.number, now.attempt, now.phase, now.phase, fields)
+    def _behind(self, snapshot: Snapshot) -> bool:
+        """Tell whether Redis has forgotten what this server knows."""
+        return self.cluster is not None and snapshot.iteration.rank < self.iteration.rank
 
-    def _localise(self, snapshot: Snapshot) -> Iteration:
-        now = self._reactor.seconds()
-        started, first = snapshot.started_ago, snapshot.first_upload_ago
-        return replace(
-            snapshot.iteration,
-            started=None if started is None else now - started,
-            first_upload=None if first is None else now - first,
-        )
+    def _leave_instance(self) -> None:
+        """Let go of an instance that was replaced by a newer one, and join that."""
+        self.log.info("the job has a new instance")
+        self.cluster, self._follows = None, True
+        self._memory.epoch += 1  # for a status that whoever named the instance has left to the servers
+        if not self._joining:
+            self._run(self._join())
 
-    async def _restore(self, cluster: ClusterState) -> None:
-        """Write the status again after Redis lost its data; the iteration's updates are lost with it."""
-        number = self.iteration.number
-        await claim_instance(
-            self.redis, self.job.fl_name, cluster.keys.instance, job_ttl(self.job.global_window_ms)
+    async def _bring_back(self, cluster: ClusterState) -> Raised:
+        """Tell Redis what it has forgotten."""
+        self._memory.begin_doubt(self.others)
+        self._baseless_since = None  # who is not back yet may have it
+        self._parts.judge.forget()
+        raised = await bring_back(
+            cluster, self._memory.known(self.iteration), self._ledgers, self.node_id, self.places
         )
-        finished = number > self.job.policy.last_iteration
-        running = RunningState.FINISH if finished else self.iteration.running
-        restored = number if finished else number + 1
-        await cluster.create(restored, success=False, result=core.status_lost(number), running=running)
-        await cluster.offer_hyper_parameters(self.job.hyper_parameters)
-        self.log.error(
-            "Redis lost its data; the status was restored at iteration {iteration}", iteration=restored
-        )
+        if raised is not Raised.NEWER:
+            await cluster.offer_hyper_parameters(hyper_parameters(self.settings))
+            await cluster.offer_model_info(model_info.describe(self.models.newest_image.layout))
+        return raised
+
+    async def _before_use(self, commands: Commands, run_id: str) -> None:
+        """Bring back what a Redis has forgotten that is not the one of before, before anything else is asked of it."""
+        self._baseless_since = None
+        self._parts.judge.forget()  # no lease was renewed while Redis was away
+        if self.cluster is not None and run_id != self._run_id:
+            window = self.settings.round.global_iteration_time_window
+            keys = self.cluster.keys
+            cluster = ClusterState(cast(Redis, commands), keys.fl_name, keys.instance, window)
+            await self._bring_back(cluster)
+        self._run_id = run_id
 
     def _look_again(self) -> None:
         """Repair: join, compare with the shared state, look at the clock. Once a second, and at each deadline."""
-        self._metrics.redis_up.set(self.redis.available)
-        if self.cluster is not None and self.redis.available and not self._busy:
+        if self.cluster is not None and self._redis.available:
             self._run(self._repair())
-        elif self.cluster is None and self.redis.available and not self._joining:
+            self._run(self._watch_clock())
+        elif self.cluster is None and self._redis.available and not self._joining:
             self._run(self._join())
 
     async def _repair(self) -> None:
@@ -483,121 +597,86 @@ class IterationDriver(Service):
             return
         self._guarding = True
         try:
-            await self._guard_updates()  # first, as what it adopts decides what this server can do
-            if not self._busy:
-                await self._observe()
+            await self._guard.watch()  # first, as what it adopts decides what this server can do
+            await self.look()
+            if not self.busy and not self.serving:
+                await self._open_late()
         finally:
             self._guarding = False
-        self.note(
-            core.TimePassed()
-        )  # last, as a copy that is out of date must not end an iteration by the clock
+
+    async def _watch_clock(self) -> None:
+        """Look at the deadlines, and at the shared state first: an old copy must not end an iteration."""
+        await self._observe()
+        if not self.busy:
+            self.note(core.TimePassed())
+
+    async def _open_late(self) -> None:
+        """Try again to get the model that the current iteration starts from."""
+        number, base = self.iteration.number, self.iteration.base
+        if await self._catch_up(number - 1, base) and number == self.iteration.number and not self.busy:
+            self._serve(number)
+
+    # ---- joining
 
     async def _join_when_connected(self) -> None:
-        await self.redis.connected()
+        await self._redis.connected()
         if self.running and self.cluster is None and not self._joining:
             await self._join()
 
     async def _join(self) -> None:
         """Find or make the job's instance, and take up its current iteration."""
-        job = self.job
         self._joining = True
+        models = self.models
         try:
-            instance = await claim_instance(
-                self.redis, job.fl_name, job.new_instance_name(), job_ttl(job.global_window_ms)
+            joined = await join(
+                self._redis,
+                self._file_settings,
+                models.newest_image.layout,
+                self._new_instance_name(),
+                1 if self._follows else models.newest + 1,
+                models.newest_image.digest,
+                self._memory.epoch,
             )
-            cluster = ClusterState(self.redis, job.fl_name, instance, job.global_window_ms)
-            await cluster.offer_hyper_parameters(job.hyper_parameters)
-            first = self.models.newest + 1
-            running = RunningState.FINISH if first > job.policy.last_iteration else RunningState.RUNNING
-            await cluster.create(first, success=True, result="", running=running)
-            snapshot = await cluster.read()
+            self._take_part(joined)
+        except ConfigError as error:
+            self.on_fatal(error)
+            return
         finally:
             self._joining = False
-        if snapshot is None:
-            raise StoreUnavailable("Redis forgets the status as soon as it is written")
-        before, self.iteration = self.iteration, self._localise(snapshot)
-        self._stand_in(self.iteration.number - 1)
-        self.cluster = cluster
-        self._intake.begin(self._epoch())
-        self._show(before)
-        self.log.info(
-            "joined instance {instance} at iteration {iteration}",
-            instance=instance,
-            iteration=self.iteration.number,
-        )
         for callback in self.on_join:
             callback()
-        await self._guard_updates()
-        self._wake()
-        if self._published_before():
-            self.note(core.CandidateDurable())
-        elif self.iteration.changing:
-            await self._observe()
+        await self._repair()
 
-    def _stand_in(self, number: int) -> None:
-        """Let the newest model stand for that of an iteration if the latter is not here."""
-        newest = self.models.newest
-        if newest < number:
-            self.log.warn(
-                "the newest model is that of iteration {newest}; it stands for iteration {missing}",
-                newest=newest,
-                missing=number,
-            )
-            self.models.carry_over(number)
+    def _take_part(self, joined: Joined) -> None:
+        """Take up an instance's current iteration; its model is seen to afterwards."""
+        self._effects.clear()
+        self._events.clear()
+        self.settings, self.policy = joined.settings, policy_of(joined.settings)
+        self._reporter.policy(self.policy)
+        self._ledgers.reshape(ledger_shape(self.settings, self.models.newest_image.layout))
+        for callback in self.on_terms:
+            callback(self.settings)
+        self._memory.begin_instance()
+        before, self.iteration = self.iteration, self._memory.localise(joined.snapshot)
+        self._memory.ended = (joined.snapshot.success, joined.snapshot.result)
+        self.cluster, self._run_id = joined.cluster, self._redis.run_id
+        self._opened = 0
+        number, base = self.iteration.number, self.iteration.base
+        if base == self.models.newest_image.digest:
+            self.models.carry_over(number - 1)
+            self._serve(number)
+        self._show(before)
 
-    def _published_before(self) -> bool:
-        """Tell whether a process that is gone had written the candidate's checkpoint already."""
-        number, image = self.iteration.number, self.models.newest_image
-        if self.iteration.phase is not Phase.CANDIDATE or self.models.newest != number:
-            return False
-        if image.digest != self.iteration.digest:
-            return False
-        self._candidate = _Candidate(number, image, Totals())
-        return True
+    @property
+    def _job_ttl(self) -> int:
+        return job_ttl(self.settings.round.global_iteration_time_window)
 
-    # ---- what must not be lost
+    def joined_cluster(self) -> ClusterState:
+        """Return the shared state of the instance that this server has joined.
 
-    async def _guard_updates(self) -> None:
-        """See that this server has a ledger, and that every counted update is in one that can be read.
-
-        Ledgers of dead processes on this host are adopted. One that nobody can read counts as lost when its owner's
-        lease has been gone for LOSS_S; then the iteration fails by name.
+        Raises:
+            StoreUnavailable: it has joined none.
         """
-        cluster, number = self._joined_cluster(), self.iteration.number
-        await self._own_a_ledger(cluster)
-        adopted = await self._ledgers.adopt(cluster, self._epoch(), self.job.node_id)
-        if adopted and not self._busy:
-            await self._observe()
-        if self.iteration.running is not RunningState.RUNNING:
-            return
-        lost = await self._ledgers.count_lost(cluster, number, self._reactor.seconds())
-        if lost and not self._busy and number == self.iteration.number:
-            self.log.error(
-                "{lost} counted updates are in ledgers that nobody can read", lost=lost, iteration=number
-            )
-            self.note(core.UpdatesLost())
-
-    async def _own_a_ledger(self, cluster: ClusterState) -> None:
-        ledgers = self._ledgers
-        if ledgers.own is not None:
-            owner = await cluster.ledger_owner(ledgers.own.id)
-            if owner == self.job.node_id:
-                return
-            if owner:
-                self.log.error("the update ledger was revoked; a new one is opened", owner=owner)
-                ledgers.discard()
-        fresh = ledgers.own is None
-        if ledgers.open() and ledgers.own is not None:
-            if fresh:
-                self._intake.begin(self._epoch())  # before anything else can come in between
-            await cluster.own_ledger(ledgers.own.id, self.job.node_id)
-
-    def _epoch(self) -> Epoch:
-        """Return which updates this server's ledger may take."""
-        instance = self._joined_cluster().keys.instance
-        return Epoch(instance, self.iteration.number, self.iteration.attempt, self.models.newest_image.digest)
-
-    def _joined_cluster(self) -> ClusterState:
         if self.cluster is None:
             raise StoreUnavailable("this server has not joined its job yet")
         return self.cluster
@@ -605,19 +684,17 @@ class IterationDriver(Service):
     # ---- small things
 
     def _show(self, before: Iteration) -> None:
-        """Tell metrics and timers about a change."""
+        """Tell reporter and timers about a change."""
         now = self.iteration
         if now.number != before.number:
-            self._started = before.started
+            self._started, self._counted_before = before.started, before.uploaded
             self._filled_before, self.filled = self.filled, None
-        if self.filled is None and now.selected >= self.job.policy.start_threshold:
+        if self.filled is None and now.selected >= self.policy.start_threshold:
             self.filled = self._reactor.seconds()
-        self._metrics.iteration.set(now.number)
-        self._metrics.counts.labels("startFLJob").set(now.selected)
-        self._metrics.counts.labels("updateModel").set(now.uploaded)
-        if now.phase is not before.phase or now.number != before.number:
-            self._metrics.show_phase(now.phase)
-        due = core.deadline(now, self.job.policy)
+        if now.phase is Phase.SEALED and before.phase is Phase.COLLECTING:
+            self._memory.sealed_at = self._reactor.seconds()
+        self._reporter.changed(before, now)
+        due = core.deadline(now, self.policy)
         self._arm_deadline(None if due is None else due[0])
 
     def _arm_deadline(self, at: float | None) -> None:
@@ -628,17 +705,14 @@ class IterationDriver(Service):
         self._deadline = None
         if at is not None and self.running:
             delay = max(0.0, at - self._reactor.seconds())
-            self._deadline, self._deadline_at = (
-                self._reactor.callLater(delay, self._look_again),
-                at,
-            )
+            self._deadline, self._deadline_at = self._reactor.callLater(delay, self._look_again), at
 
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, []
         for waiter in waiting:
             waiter.callback(None)
 
-    def _run(self, work: Any) -> None:
+    def _run(self, work: Coroutine[Any, Any, object]) -> None:
         defer.Deferred.fromCoroutine(work).addErrback(self._failed)
 
     def _failed(self, failure: Any) -> None:

@@ -5,26 +5,36 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from twisted.internet import defer, threads
 from twisted.logger import Logger
 
-from fedcore.errors import FedcoreError
+from fedcore.core.node_id import host_of
+from fedcore.errors import FedcoreError, LocalError, StoreError
 from fedcore.ledger import layout
-from fedcore.ledger.files import Held, MappedFile, create_file, ledger_files, open_file
+from fedcore.ledger.copy import PartialCopy
+from fedcore.ledger.files import Held, MappedFile, create_file, first_page, ledger_files, open_file
 from fedcore.ledger.layout import Damaged, Entry, Epoch, Shape, SlotState
 from fedcore.ledger.ledger import Ledger, Partial, Update
-from fedcore.store.cluster_state import ClusterState
+from fedcore.store.cluster_state import ClientMeta, ClusterState, IterationMoved
+from fedcore.store.keys import REVOKED
 from fedcore.wire import codec
 from fedcore.wire.arrays import Layout
 from fedcore.wire.messages import RequestUpdateModel
 
-LOSS_S = (
-    10.0  # how long a ledger may be out of reach, its owner's lease gone, until its updates count as lost
-)
+MOST_CLIENTS = 1 << 20  # that a partial of another host may list, more than any iteration has
 _QUARANTINE = ".damaged"
+
+
+class Whereabouts(StrEnum):
+    """What a host knows of a ledger; the values go over the node channel."""
+
+    HERE = "here"  # it can be summed
+    HELD = "held"  # its file is there; its process lives, or it is about to be adopted
+    ABSENT = "absent"
 
 
 def update_of(request: RequestUpdateModel, data_size: int, eval_data_size: int) -> Update:
@@ -70,7 +80,6 @@ class Ledgers:
         self.problem = "the update ledger is not open yet"
         self.adopted: dict[str, Partial] = {}
         self._dropped: list[str] = []  # ledgers that are gone, but still on the shared list of owners
-        self._dead_since: dict[str, float] = {}  # ledger id -> when its owner was first found dead
         self.inherited: set[str] = set()
         self.durable = durable
         self._directory = directory
@@ -80,14 +89,18 @@ class Ledgers:
         self._epoch: Epoch | None = None
         self._file: MappedFile | None = None
         self._taken: dict[str, tuple[Epoch, MappedFile]] = {}  # by ledger id, as ``adopted``
+        self._former: dict[str, str] = {}  # adopted ledger -> node id of its owner before
         self._passed: set[Path] = set()  # files that are none of ours, or of a later iteration
         self._unreadable: set[Path] = set()  # files that were complained of
+        self._closed = False
         self._adopting = defer.DeferredLock()
 
     def open(self) -> bool:
         """Make the own ledger if there is none; False, with ``problem`` said, if there is no room."""
         if self.own is not None:
             return True
+        if self._closed:
+            return False
         try:
             self._tidy()
             name = f"{os.getpid()}-{os.urandom(6).hex()}"
@@ -113,7 +126,7 @@ class Ledgers:
                 open_file(path).remove()
 
     def discard(self) -> None:
-        """Drop the own ledger, which belongs to somebody else now."""
+        """Drop the own ledger: it belongs to somebody else now, or another is to take its place."""
         if self._file is not None:
             self._file.remove()
         self.own, self._file, self.problem = None, None, "the update ledger was revoked"
@@ -127,6 +140,7 @@ class Ledgers:
                 self._dropped.append(ledger_id)
         if epoch != self._epoch:
             self.inherited.clear()
+            self._former.clear()
         self._passed.clear()
         self._epoch = epoch
 
@@ -137,47 +151,99 @@ class Ledgers:
         """Ledgers whose updates this server can sum."""
         return set(self.adopted) | (set() if self.own is None else {self.own.id})
 
-    async def hold_updates(self, cluster: ClusterState, number: int) -> bool:
-        """Tell whether counted updates of an iteration are in this server's hands."""
-        counted = await cluster.uploads_by_ledger(number)
-        return not counted.keys().isdisjoint(self.in_hand)
+    def serves(self, number: int) -> bool:
+        """Tell whether the own ledger holds updates of an iteration."""
+        return self._epoch is not None and self._epoch.iteration == number
 
-    async def count_lost(self, cluster: ClusterState, number: int, now: float) -> int:
-        """Return how many counted updates of an iteration nobody will ever read.
+    def locate(self, ledger_id: str) -> Whereabouts:
+        """Tell what this host knows of a ledger."""
+        if ledger_id in self.in_hand:
+            return Whereabouts.HERE
+        for path in ledger_files(self._directory):
+            if path not in self._passed and layout.ledger_id_of(first_page(path)) == ledger_id:
+                return Whereabouts.HELD
+        return Whereabouts.ABSENT
 
-        Those are in a ledger that is in nobody's hands and whose owner's lease has been gone for LOSS_S, or in an
-        adopted one that turned out to hold fewer than were counted.
+    def reshape(self, shape: Shape) -> None:
+        """Measure ledgers that are opened from now on; the own one makes room for a new one if it is too small."""
+        self._shape = shape
+        if self.own is not None and self.own.shape.clients < shape.clients:
+            self.discard()
+            self.open()
 
-        Args:
-            cluster: the shared state.
-            number: the iteration.
-            now: seconds of the monotonic clock.
+    def gave_away(self, ledger_id: str) -> None:
+        """Let go of a ledger whose sum another host keeps now."""
+        if self.own is not None and ledger_id == self.own.id:
+            self.discard()
+        self.drop(ledger_id)
+
+    async def claim_again(self, cluster: ClusterState, ledger_id: str, node_id: str) -> None:
+        """Own an adopted ledger again, if the shared state has forgotten that it was adopted."""
+        await cluster.own_ledger(ledger_id, node_id, self._former.get(ledger_id, ""))
+
+    def drop(self, ledger_id: str) -> None:
+        """Let go of an adopted ledger, which was revoked."""
+        if ledger_id in self._taken:
+            _, file = self._taken.pop(ledger_id)
+            del self.adopted[ledger_id]
+            file.remove()
+
+    def copy(self, head: bytes, start: int, length: int) -> PartialCopy:
+        """Make room for the partial of another host; the caller fills it.
+
+        Raises:
+            Damaged: head, start and length do not fit each other, or it is of another job or model.
+            NoSpace: the directory is full.
         """
-        counted = await cluster.uploads_by_ledger(number)
-        dead = []
-        for ledger_id in counted.keys() - self.in_hand:
-            if not await cluster.is_alive("server", await cluster.ledger_owner(ledger_id)):
-                dead.append(ledger_id)
-        self._dead_since = {ledger_id: self._dead_since.get(ledger_id, now) for ledger_id in dead}
-        unreachable = sum(
-            counted[ledger_id] for ledger_id in dead if now - self._dead_since[ledger_id] >= LOSS_S
-        )
-        short = (
-            max(0, counted.get(ledger_id, 0) - partial.totals.count)
-            for ledger_id, partial in self.adopted.items()
-            if partial.iteration == number
-        )
-        return unreachable + sum(short)
+        shape, own = layout.shape_of(head), self._shape
+        same = (own.job, own.layout, own.floats, own.weights, 0)
+        if (shape.job, shape.layout, shape.floats, shape.weights, shape.slots) != same:
+            raise Damaged("the partial is of another job or model")
+        if shape.clients > max(MOST_CLIENTS, own.clients):
+            raise Damaged(f"the partial has room for {shape.clients} clients")
+        return PartialCopy(self._directory, head, start, length, self.durable)
+
+    async def keep(
+        self, copy: PartialCopy, epoch: Epoch, cluster: ClusterState, giver: str, node_id: str
+    ) -> Partial | None:
+        """Take over a ledger of another host of which this is a full copy; None if its iteration is over.
+
+        Raises:
+            Damaged: it is not what was sealed, or not the giver's.
+            StoreError: the shared state cannot be reached.
+        """
+        try:
+            partial: Partial = await self._in_thread(lambda: copy.finish(self._model, epoch))
+            if not await cluster.own_ledger(partial.ledger_id, node_id, giver):
+                raise Damaged("the ledger is not the giver's")
+        except StoreError:
+            copy.file.close()  # the step may have been done: then this is the only copy, and is adopted
+            raise
+        except BaseException:
+            copy.file.remove()
+            raise
+        if self._epoch != epoch:
+            copy.file.remove()  # the iteration ended meanwhile
+            return None
+        self._former[partial.ledger_id] = giver
+        self._taken[partial.ledger_id] = (epoch, copy.file)
+        self.adopted[partial.ledger_id] = partial
+        return partial
 
     def close(self) -> None:
         """Let go of the own ledger at a clean stop: an empty one is removed, another waits to be adopted.
 
         A slot in use may hold an update that the shared state counts, though nobody waits for the answer any more.
         """
+        self._closed = True
         if self._file is None or self.own is None:
             return
-        if self.own.idle and self.own.free_slots == self._shape.slots:
-            self._file.remove()
+        file, own = self._file, self.own
+        self._file, self.own, self.problem = None, None, "the server is stopping"
+        if own.idle and own.free_slots == own.shape.slots:
+            file.remove()
+        else:
+            file.close()
 
     async def adopt(self, cluster: ClusterState, epoch: Epoch, node_id: str) -> list[str]:
         """Take over what dead processes left of an epoch on this host.
@@ -216,6 +282,10 @@ class Ledgers:
             return None
         try:
             return await self._adopt(file, cluster, epoch, node_id)
+        except (LocalError, OSError) as error:
+            self._pass(file)
+            self.log.error("a ledger cannot be adopted: {error}", error=str(error), path=str(path))
+            return None
         except BaseException:
             file.close()  # or our own lock would keep us from the next try
             raise
@@ -241,6 +311,12 @@ class Ledgers:
                 self._pass(file)  # ahead of this server, or of another base than its own: not for it to judge
             return None
         before = await cluster.ledger_owner(examined.ledger_id)
+        if before == REVOKED:
+            file.remove()  # its clients were told to come again
+            return None
+        if before and host_of(before) != host_of(node_id):
+            file.remove()  # what is in it was handed over to another host
+            return None
         if not await cluster.own_ledger(examined.ledger_id, node_id, before):
             self._pass(file)
             return None
@@ -257,7 +333,10 @@ class Ledgers:
             self.inherited.add(before)
         if not partial.totals.count and not lost:
             file.remove()
+            self._dropped.append(ledger.id)
             return ledger.id
+        await self._tell_again(cluster, epoch, ledger, node_id)
+        self._former[ledger.id] = before
         self._taken[ledger.id] = (epoch, file)
         self.adopted[ledger.id] = partial
         self.log.warn(
@@ -268,6 +347,12 @@ class Ledgers:
             lost=lost,
         )
         return ledger.id
+
+    async def _tell_again(self, cluster: ClusterState, epoch: Epoch, ledger: Ledger, node_id: str) -> None:
+        """Have the shared state know what is in an adopted ledger: it may have lost data since its owner died."""
+        metas = {client.hex(): ClientMeta(size, 0, 0) for client, size in ledger.clients().items()}
+        with contextlib.suppress(IterationMoved):
+            await cluster.restore_clients(epoch.iteration, ledger.id, node_id, metas)
 
     async def _settle(
         self, cluster: ClusterState, epoch: Epoch, ledger: Ledger, entries: tuple[Entry, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 import time
@@ -14,31 +15,39 @@ from typing import Any
 from twisted.internet import defer
 from twisted.logger import Logger
 
-from fedcore.config import Address, Settings, hyper_parameters
-from fedcore.core.iteration import Policy
-from fedcore.core.quorum import update_threshold
+from fedcore.config import Address, Settings
 from fedcore.errors import ConfigError
-from fedcore.ledger.layout import Shape
 from fedcore.models import checkpoints
 from fedcore.models.formats import ModelFile, read_model
 from fedcore.models.history import ModelHistory
 from fedcore.net.device_http import DeviceSite
+from fedcore.net.node_client import NodeClient
+from fedcore.net.node_listener import NodeListener
 from fedcore.net.routes import Limits
+from fedcore.observe.journal import Journal
 from fedcore.observe.metrics import ServerMetrics
 from fedcore.services.callbacks import Callback
-from fedcore.services.client_api import ClientApi, DevicePages, device_routes, update_limit
+from fedcore.services.client_api import ClientApi, DevicePages, device_routes
+from fedcore.services.departure import Departure
 from fedcore.services.heartbeat import Heartbeat
-from fedcore.services.iteration_driver import IterationDriver, Job
+from fedcore.services.iteration_driver import IterationDriver, Parts
 from fedcore.services.ledgers import Ledgers
+from fedcore.services.loss import LossJudge
+from fedcore.services.node_api import NodeApi
+from fedcore.services.peers import Peers
+from fedcore.services.publication import Publication
+from fedcore.services.reduction import Reduction
+from fedcore.services.reporting import Reporter
+from fedcore.services.terms import ledger_shape, update_limit
 from fedcore.services.update_intake import UpdateIntake
 from fedcore.store.redis import Redis
 from fedcore.wire.arrays import Layout
 from fedcore.wire.image import ImageTemplate
+from fedcore.wire.node import MAX_DATA
 
 DRAIN_TIMEOUT_S = 10.0  # longest wait for requests in flight at a clean stop
+NODE_GRACE_S = 2.0  # then, for requests of other nodes
 _POLL_S = 0.02
-LEAST_SLOTS = 8
-MOST_SLOTS = 64  # bodies received at a time; more would only wait for the same network
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +74,9 @@ class Server:
 
     Attributes:
         site: the devices' listener.
+        node_listener: the other nodes' listener.
+        node_address: where it is to listen.
+        driver: drives the iterations; it tells when the server shall end.
         services: to be started in this order.
     """
 
@@ -94,36 +106,45 @@ class Server:
         device = settings.fedcore.device
         address = Address(options.tcp_ip or _address_towards(settings), options.tcp_port)
         node_id = f"{address}::{_stamp()}::{random.SystemRandom().randint(10000, 99999)}"
-        self._ledgers = Ledgers(
+        self.node_address = address
+        longest = max(MAX_DATA, update_limit(layout), template.size + (1 << 20))
+        self._client = NodeClient(node_id, max_data=longest, jitter=random.random, reactor=reactor)
+        peers = Peers(self._client)
+        self._ledgers = ledgers = Ledgers(
             options.ledger_dir,
             layout,
-            _ledger_shape(settings, layout),
+            ledger_shape(settings, layout),
             settings.fedcore.ledger.fsync,
             reactor,
         )
-        self._intake = UpdateIntake(
-            self._ledgers, options.checkpoint_dir, node_id, layout.total_floats, device.hold_time, reactor
+        self._intake = intake = UpdateIntake(
+            ledgers, options.checkpoint_dir, node_id, layout.total_floats, device.hold_time, reactor
         )
-        job = Job(
-            settings.fl_name,
-            _policy(settings),
-            settings.round.global_iteration_time_window,
-            options.checkpoint_dir,
-            node_id,
-            lambda: "i_" + _stamp(),
-            hyper_parameters(settings),
+        publication = Publication(
+            settings.fl_name, options.checkpoint_dir, history, template, peers, reactor, datetime.now
         )
-        self.driver = IterationDriver(
-            job, redis, self._ledgers, self._intake, history, template, metrics, reactor, datetime.now
+        journal = Journal(Path(settings.summary.failure_event_file), str(address), datetime.now)
+        reporter = Reporter(metrics, journal, settings.summary.continuous_failure_times)
+        parts = Parts(
+            redis,
+            ledgers,
+            intake,
+            history,
+            Reduction(node_id, ledgers, intake, peers, template, reactor),
+            publication,
+            peers,
+            LossJudge(node_id, ledgers, peers, reactor),
+            reporter,
+            metrics,
         )
-        self.driver.on_iteration_end.append(callback.on_iteration_end)
-        self._api = ClientApi(
-            settings, layout, self.driver, self._intake, metrics, reactor, _now_ms, random.random
-        )
+        self.driver = driver = IterationDriver(node_id, settings, parts, lambda: "i_" + _stamp(), reactor)
+        self._departure = Departure(driver, parts)
+        reporter.on_iteration_end.append(callback.on_iteration_end)
+        self._api = ClientApi(settings, layout, driver, intake, metrics, reactor, _now_ms, random.random)
         self._heartbeat = heartbeat = Heartbeat(
-            lambda: self.driver.cluster, "server", node_id, str(address), reactor
+            lambda: driver.cluster, "server", node_id, str(address), reactor
         )
-        self.driver.on_join.append(heartbeat.beat)
+        driver.on_join.append(heartbeat.beat)
         self.site = DeviceSite(
             device_routes(self._api, settings.client.http_url_prefix, metrics, reactor.seconds),
             DevicePages(),
@@ -131,9 +152,20 @@ class Server:
             device.max_connections,
             reactor,
         )
+        node_api = NodeApi(
+            driver, self._api, intake, ledgers, publication, peers, settings.fedcore.node.allow
+        )
+        self.node_listener = NodeListener(
+            node_id,
+            node_api.handlers(),
+            max_data=longest,
+            max_connections=settings.client.connection_num,
+            allowed=lambda host: True,  # each command says whom it serves
+            reactor=reactor,
+        )
         metrics.connections.set_function(lambda: len(self.site.connections))
         metrics.redis_up.set_function(lambda: redis.available)
-        self.services: list[Any] = [redis, self._intake, self.driver, heartbeat]
+        self.services: list[Any] = [redis, self._client, intake, driver, heartbeat]
         self.log.info(
             "serving {name}: {weights} weights, {floats} values, model of iteration {newest}",
             name=settings.fl_name,
@@ -149,6 +181,9 @@ class Server:
             "job": lambda: None if self.driver.cluster is not None else "not joined to the job yet",
             "membership": lambda: None if self._heartbeat.registered else "not on the list of servers yet",
             "ledger": lambda: self._ledgers.problem or None,
+            "model": lambda: (
+                self.driver.problem or (None if self.driver.serving else "not at the current model yet")
+            ),
             "stopping": lambda: "the server is stopping" if self._api.stopping else None,
         }
 
@@ -157,16 +192,22 @@ class Server:
         self._callback.after_started()
 
     async def drain(self) -> None:
-        """Stop taking requests and let those in flight finish."""
+        """Stop taking requests, let those in flight finish, and leave the updates in good hands."""
         self._callback.before_stopped()
-        self._api.stopping = True
         self.site.stop()
         limit = self._reactor.seconds() + DRAIN_TIMEOUT_S
         while self.site.connections and self._reactor.seconds() < limit:
             pause: defer.Deferred[None] = defer.Deferred()
             self._reactor.callLater(_POLL_S, pause.callback, None)
             await pause
+        self._api.stopping = True
+        handed_over = defer.Deferred.fromCoroutine(self._departure.hand_over())
+        handed_over.addTimeout(DRAIN_TIMEOUT_S, self._reactor)
+        with contextlib.suppress(defer.TimeoutError):
+            await handed_over
         self._ledgers.close()
+        await self._departure.release()
+        await self.node_listener.stop(NODE_GRACE_S)
 
 
 def _find_model(fl_name: str, options: ServerOptions) -> tuple[int, ModelFile]:
@@ -187,28 +228,6 @@ def _find_model(fl_name: str, options: ServerOptions) -> tuple[int, ModelFile]:
             hint="give the initial weights with --model FILE",
         )
     return 0, initial
-
-
-def _ledger_shape(settings: Settings, layout: Layout) -> Shape:
-    """Measure the ledger: as many slots as the budget allows and the clients can use."""
-    places = settings.round.start_fl_job_threshold
-    quorum = update_threshold(places, settings.round.update_model_ratio)
-    slot_size = update_limit(layout)
-    wanted = min(MOST_SLOTS, 2 * places)
-    slots = max(LEAST_SLOTS, min(wanted, settings.fedcore.ledger.memory_budget // slot_size))
-    return Shape.of(layout, settings.fl_name, quorum, slots, slot_size)
-
-
-def _policy(settings: Settings) -> Policy:
-    windows = settings.round
-    return Policy(
-        start_threshold=windows.start_fl_job_threshold,
-        update_threshold=update_threshold(windows.start_fl_job_threshold, windows.update_model_ratio),
-        start_window=windows.start_fl_job_time_window / 1000,
-        update_window=windows.update_model_time_window / 1000,
-        global_window=windows.global_iteration_time_window / 1000,
-        last_iteration=settings.fl_iteration_num,
-    )
 
 
 def _address_towards(settings: Settings) -> str:

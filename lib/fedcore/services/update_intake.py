@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fedcore.wire.messages import RequestUpdateModel
 
 # A hop to a thread and back costs about as much as adding this many floats; smaller models are merged at once.
 INLINE_FLOATS = 1 << 18
+REPLICATION_MS = 100  # longest wait for a replica of Redis; the ledger can bring back what a fail-over loses
 RETRY_S = 0.1  # pause before a question that Redis could not answer is asked again
 
 
@@ -66,6 +68,7 @@ class UpdateIntake(Service):
         self._room_timeout = room_timeout
         self._reactor = reactor
         self._epoch: Epoch | None = None
+        self._attempt = 1
         self._next: Epoch | None = None  # to begin once the merge under way has ended
         self._waiting: deque[defer.Deferred[Slot]] = deque()
         self._asking: set[object] = set()  # one token per question that the shared state has not answered yet
@@ -178,7 +181,9 @@ class UpdateIntake(Service):
             if fit and not ledger.holds(fl_id):
                 ledger.record(slot, fl_id, request.upload_loss, request.upload_accuracy)
                 await self._on_disk(ledger)
-            acceptance, count, meta = await self._ask(request, cluster, ledger, number, attempt, quorum, fit)
+            acceptance, count, meta = await self._ask(
+                request, cluster, ledger, number, attempt, quorum, fit, epoch
+            )
             if meta is None:
                 return acceptance, count
             if self._epoch != epoch:
@@ -188,6 +193,10 @@ class UpdateIntake(Service):
                 return Acceptance.REPEATED, count
             ledger.accept(slot, update_of(request, meta.data_size, meta.eval_data_size))
             self._merge()
+            with contextlib.suppress(
+                StoreUnavailable
+            ):  # it counts; a new connection begins with what is in ledgers
+                await cluster.redis.replicated(REPLICATION_MS)
             return acceptance, count
         finally:
             self._asking.remove(question)
@@ -195,16 +204,24 @@ class UpdateIntake(Service):
 
     async def _ledger_of(self, number: int, attempt: int) -> Ledger:
         """Return the own ledger once it serves an iteration."""
-        while self._next is not None:
-            await self._change()
-        ledger, epoch = self._ledgers.own, self._epoch
+        await self._begun()
+        ledger = self._ledgers.own
         if ledger is None:
             raise StoreUnavailable(self._ledgers.problem)
         if self._fault is not None:
             raise StoreUnavailable(f"the ledger of this iteration is broken: {self._fault}")
-        if epoch is None or (epoch.iteration, epoch.attempt) != (number, attempt):
-            raise IterationMoved(0 if epoch is None else epoch.iteration)
+        self._check_attempt(number, attempt)
         return ledger
+
+    async def _begun(self) -> None:
+        """Wait until the iteration that is to begin has begun."""
+        while self._next is not None:
+            await self._change()
+
+    def _check_attempt(self, number: int, attempt: int) -> None:
+        epoch = self._epoch
+        if epoch is None or (epoch.iteration, self._attempt) != (number, attempt):
+            raise IterationMoved(0 if epoch is None else epoch.iteration)
 
     async def _ask(
         self,
@@ -215,6 +232,7 @@ class UpdateIntake(Service):
         attempt: int,
         quorum: int,
         fit: bool,
+        epoch: Epoch | None,
     ) -> tuple[Acceptance, int, ClientMeta | None]:
         limit = self._reactor.seconds() + self._room_timeout
         while True:
@@ -237,6 +255,8 @@ class UpdateIntake(Service):
                 pass
             await task.deferLater(self._reactor, RETRY_S)
             await cluster.redis.connected()
+            if self._epoch != epoch:
+                raise IterationMoved(0)  # another instance answers for nothing of the old one
 
     async def _on_disk(self, ledger: Ledger) -> None:
         """Wait until what was recorded is on the disk; one flush serves all that wait when it begins."""
@@ -263,11 +283,18 @@ class UpdateIntake(Service):
 
     # ---- the sum
 
-    def begin(self, epoch: Epoch) -> None:
+    def begin(self, epoch: Epoch, attempt: int = 1) -> None:
         """Start an iteration with empty sums, as soon as the merge under way has ended."""
-        self._next = epoch
+        self._next, self._attempt = epoch, attempt
         if not self._merging:
             self._begin()
+
+    def resume(self, attempt: int) -> None:
+        """Take updates again, in another attempt of the same iteration; the sums stay."""
+        self._attempt, self._sealing = attempt, False
+        if self._ledgers.own is not None:
+            self._ledgers.own.unseal()
+        self._settle()
 
     def _begin(self) -> None:
         ledger = self._ledgers.own
@@ -286,7 +313,7 @@ class UpdateIntake(Service):
         self._hand_out()
         self._settle()
 
-    async def seal(self) -> Partial | None:
+    async def seal(self, number: int, attempt: int) -> Partial | None:
         """Return the sums once every update that may count is in them; None if there is no own ledger.
 
         To be called when the shared state is sealed: only questions that are open now can still be answered with
@@ -294,12 +321,18 @@ class UpdateIntake(Service):
 
         Raises:
             LocalError: a merge failed: the sums are not to be trusted.
+            IterationMoved: that attempt is not the current one, or not any more.
         """
-        open_questions = set(self._asking)
+        await self._begun()
+        self._check_attempt(number, attempt)
+        epoch, open_questions = self._epoch, set(self._asking)
         self._sealing = True
         self._merge()
         while not self._asking.isdisjoint(open_questions) or self._unmerged:
             await self._change()
+            self._check_attempt(number, attempt)
+            if self._epoch != epoch:
+                raise IterationMoved(0)  # another instance, which happens to be at the same number
         ledger = self._ledgers.own
         if self._fault is not None:
             raise LocalError(f"updates could not be added to the sum: {self._fault}") from self._fault

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,25 @@ from twisted.internet import defer, task
 from twisted.python.failure import Failure
 
 from fedcore.core.admission import Acceptance
+from fedcore.core.client_key import client_key
 from fedcore.errors import StoreUnavailable
-from fedcore.ledger.files import MappedFile, create_file, ledger_files
-from fedcore.ledger.layout import Epoch, Shape
-from fedcore.ledger.ledger import Ledger, Update
-from fedcore.services.ledgers import Ledgers
+from fedcore.ledger.copy import PartialCopy
+from fedcore.ledger.files import MappedFile, create_file, ledger_files, open_file
+from fedcore.ledger.layout import Damaged, Epoch, Shape
+from fedcore.ledger.ledger import Ledger, Partial, Update
+from fedcore.services.ledgers import Ledgers, Whereabouts
 from fedcore.services.update_intake import UpdateIntake
-from fedcore.store.cluster_state import ClientMeta, LedgerRevoked
+from fedcore.store.cluster_state import ClientMeta, IterationMoved, LedgerRevoked
+from fedcore.store.keys import REVOKED
 from fedcore.wire import codec
 from fedcore.wire.arrays import Layout, Weight
 from fedcore.wire.messages import FeatureMap, RequestUpdateModel
 
 MODEL = Layout((Weight("w", (4,)),))
 SHAPE = Shape.of(MODEL, "job", 8, 4, 4096)
-EPOCH = Epoch("instance", 5, 1, "00" * 32)
-NEXT = Epoch("instance", 6, 1, "11" * 32)
+EPOCH = Epoch("instance", 5, "00" * 32)
+NEXT = Epoch("instance", 6, "11" * 32)
+GIVER = "10.0.0.2:1::2022-11-22-10:00:00.001.002::69383"
 META = ClientMeta(data_size=2, eval_data_size=3, start_ms=0)
 
 
@@ -37,6 +42,7 @@ class Shared:
     def __init__(self) -> None:
         self.owners: dict[str, str] = {}
         self.uploads: dict[str, str] = {}
+        self.restored: list[tuple[str, set[str]]] = []  # ledger id, client keys
         self.away = False
         self.before_counted: Callable[[], None] = lambda: None
         self.redis = self
@@ -58,6 +64,22 @@ class Shared:
 
     async def accept_upload(self, *place: Any, **details: Any) -> tuple[Acceptance, int, ClientMeta]:
         return Acceptance.ACCEPTED, 1, META
+
+    async def replicated(self, timeout_ms: int) -> bool:
+        return True
+
+    async def restore_clients(
+        self, number: int, ledger_id: str, node_id: str, clients: Mapping[str, ClientMeta]
+    ) -> int:
+        if number != EPOCH.iteration:
+            raise IterationMoved(0)
+        self.restored.append((ledger_id, set(clients)))
+        return 0
+
+    async def forget_ledger(self, ledger_id: str) -> None:
+        if self.away:
+            raise StoreUnavailable("gone")
+        self.owners.pop(ledger_id, None)
 
 
 class Reactor(task.Clock):
@@ -168,6 +190,18 @@ class TestAdoption:
         assert partial.sums.tolist() == [11.0] * 4
         assert (shared.owners[dead.ledger.id], ledgers.inherited) == ("me", {"dead"})
 
+    def test_tells_the_shared_state_again_what_counts(
+        self, tmp_path: Path, shared: Shared, ledgers: Ledgers
+    ) -> None:
+        """It may have lost data since the owner died."""
+        dead = Dead(tmp_path, shared)
+        dead.upload("a", 1.0, accepted=True)
+        dead.upload("b", 1.0)
+        dead.upload("c", 1.0, counted=False)
+        dead.die()
+        adopt(ledgers, shared)
+        assert shared.restored == [(dead.ledger.id, {client_key("a"), client_key("b")})]
+
     def test_is_tried_again_when_the_shared_state_was_away(
         self, tmp_path: Path, shared: Shared, ledgers: Ledgers
     ) -> None:
@@ -215,8 +249,8 @@ class TestAdoption:
     @pytest.mark.parametrize(
         ("epoch", "left"),
         [
-            (Epoch("instance", 4, 1, "00" * 32), 0),
-            (Epoch("instance", 5, 1, "22" * 32), 1),  # this server may be the one that is wrong
+            (Epoch("instance", 4, "00" * 32), 0),
+            (Epoch("instance", 5, "22" * 32), 1),  # this server may be the one that is wrong
             (NEXT, 1),
         ],
     )
@@ -238,14 +272,234 @@ class TestAdoption:
         assert (ledgers.adopted, ledgers.inherited, ledger_files(tmp_path)) == ({}, {"dead"}, [])
 
 
-class TestCloseAtACleanStop:
-    def test_keeps_a_body_whose_question_is_open(self, tmp_path: Path, ledgers: Ledgers) -> None:
+class TestOwners:
+    """What the shared state says of a dead process's ledger decides what becomes of its file."""
+
+    def test_a_revoked_one_is_removed(self, tmp_path: Path, shared: Shared, ledgers: Ledgers) -> None:
+        """Its clients were told to come again."""
+        dead = Dead(tmp_path, shared)
+        dead.upload("a", 1.0)
+        dead.die()
+        shared.owners[dead.ledger.id] = REVOKED
+        assert adopt(ledgers, shared) == []
+        assert (ledgers.adopted, ledger_files(tmp_path)) == ({}, [])
+        assert shared.owners[dead.ledger.id] == REVOKED
+
+    @pytest.mark.parametrize(("host", "left"), [("10.0.0.1", 1), ("10.0.0.2", 0)])
+    def test_one_that_was_handed_to_another_host_is_removed(
+        self, tmp_path: Path, shared: Shared, ledgers: Ledgers, host: str, left: int
+    ) -> None:
+        dead = Dead(tmp_path, shared)
+        dead.upload("a", 1.0)
+        dead.die()
+        shared.owners[dead.ledger.id] = owner = f"{host}:6666::2022-11-22-10:00:00.001.002::69383"
+        me = "10.0.0.1:7777::2022-11-22-10:00:00.001.002::12345"
+        adopted = result_of(ledgers.adopt(shared, EPOCH, me))  # type: ignore[arg-type]
+        assert (adopted, len(ledger_files(tmp_path))) == ([dead.ledger.id] * left, left)
+        assert shared.owners[dead.ledger.id] == (me if left else owner)
+
+    def test_what_is_gone_is_taken_off_the_list(
+        self, tmp_path: Path, shared: Shared, ledgers: Ledgers
+    ) -> None:
+        empty, used = Dead(tmp_path, shared), Dead(tmp_path, shared, owner="used")
+        used.upload("a", 1.0)
+        empty.die(), used.die()
+        adopt(ledgers, shared)
+        assert shared.owners.keys() == {empty.ledger.id, used.ledger.id}
+        shared.away = True
+        with pytest.raises(StoreUnavailable):
+            adopt(ledgers, shared)
+        shared.away = False
+        adopt(ledgers, shared)
+        assert shared.owners.keys() == {used.ledger.id}
+        ledgers.begin(NEXT)
+        adopt(ledgers, shared, NEXT)
+        assert shared.owners == {}
+
+
+class TestWhereabouts:
+    def test_of_a_ledger(self, tmp_path: Path, shared: Shared, ledgers: Ledgers) -> None:
+        dead, foreign = Dead(tmp_path, shared), Dead(tmp_path, shared, NEXT, owner="foreign")
+        dead.upload("a", 1.0)
         assert ledgers.open() and ledgers.own is not None
-        slot = ledgers.own.receive()
-        ledgers.close()
+        assert ledgers.locate(ledgers.own.id) is Whereabouts.HERE
+        assert ledgers.locate(dead.ledger.id) is Whereabouts.HELD, "its process lives"
+        dead.die()
+        assert ledgers.locate(dead.ledger.id) is Whereabouts.HELD, "it is about to be adopted"
+        adopt(ledgers, shared)
+        assert ledgers.locate(dead.ledger.id) is Whereabouts.HERE
+        assert ledgers.in_hand == {ledgers.own.id, dead.ledger.id}
+        assert ledgers.locate(foreign.ledger.id) is Whereabouts.HELD
+        for nothing in ("", "00" * 16):
+            assert ledgers.locate(nothing) is Whereabouts.ABSENT
+
+    def test_of_what_was_passed_over(self, tmp_path: Path, shared: Shared, ledgers: Ledgers) -> None:
+        later = Dead(tmp_path, shared, NEXT)
+        later.die()
+        adopt(ledgers, shared)
+        assert ledgers.locate(later.ledger.id) is Whereabouts.ABSENT
+        ledgers.begin(NEXT)
+        assert ledgers.locate(later.ledger.id) is Whereabouts.HELD
+
+    def test_files_that_are_none_are_no_ledgers(self, tmp_path: Path, ledgers: Ledgers) -> None:
+        (tmp_path / "empty.ledger").touch()
+        (tmp_path / "text.ledger").write_text("hello" * 1000)
+        (tmp_path / "folder.ledger").mkdir()
+        assert ledgers.locate("00" * 16) is Whereabouts.ABSENT
+
+    def test_which_iteration_the_own_one_serves(self, ledgers: Ledgers) -> None:
+        assert (ledgers.serves(5), ledgers.serves(6)) == (True, False)
+        ledgers.begin(NEXT)
+        assert (ledgers.serves(5), ledgers.serves(6)) == (False, True)
+
+
+class TestRoomForMore:
+    def test_a_ledger_that_lists_too_few_makes_room(self, tmp_path: Path, ledgers: Ledgers) -> None:
+        assert ledgers.open() and ledgers.own is not None
+        before = ledgers.own.id
+        for clients in (SHAPE.clients, SHAPE.clients - 1):
+            ledgers.reshape(replace(SHAPE, clients=clients))
+            assert ledgers.own.id == before
+        ledgers.reshape(replace(SHAPE, clients=100))
+        assert ledgers.own.id != before
+        assert ledgers.own.shape.clients == 100
         assert len(ledger_files(tmp_path)) == 1
+
+
+class TestHandOver:
+    """The sealed sum of a server that stops goes to another host."""
+
+    def sealed(self, directory: Path, shared: Shared) -> Dead:
+        giver = Dead(directory / "there", shared, owner=GIVER)
+        giver.upload("a", 1.0, accepted=True)
+        giver.upload("b", 10.0, accepted=True)
+        giver.ledger.merge()
+        return giver
+
+    def read(self, ledgers: Ledgers, partial: Partial) -> PartialCopy:
+        copy = ledgers.copy(partial.head, partial.start, len(partial.content))
+        copy.fill(0, partial.content)
+        return copy
+
+    def keep(
+        self, ledgers: Ledgers, copy: PartialCopy, shared: Shared, epoch: Epoch = EPOCH
+    ) -> Partial | None:
+        return result_of(ledgers.keep(copy, epoch, shared, GIVER, "me"))  # type: ignore[arg-type,no-any-return]
+
+    def test_is_kept_as_an_adopted_one_is(self, tmp_path: Path, shared: Shared, ledgers: Ledgers) -> None:
+        giver = self.sealed(tmp_path, shared)
+        partial = self.keep(ledgers, self.read(ledgers, giver.ledger.seal()), shared)
+        assert partial is not None
+        assert partial.sums.tolist() == [11.0] * 4
+        assert shared.owners == {giver.ledger.id: "me"}
+        assert ledgers.adopted == {giver.ledger.id: partial}
+        assert len(ledger_files(tmp_path)) == 1
+        assert adopt(ledgers, shared) == [], "it is in hand already"
+        ledgers.begin(NEXT)
+        assert (ledgers.adopted, ledger_files(tmp_path)) == ({}, [])
+
+    def test_outlives_who_kept_it(self, tmp_path: Path, shared: Shared, ledgers: Ledgers) -> None:
+        giver = self.sealed(tmp_path, shared)
+        copy = self.read(ledgers, giver.ledger.seal())
+        self.keep(ledgers, copy, shared)
+        copy.file.close()  # with the process
+        sibling = Ledgers(tmp_path, MODEL, SHAPE, False, Reactor())
+        sibling.begin(EPOCH)
+        assert adopt(sibling, shared) == [giver.ledger.id]
+        assert sibling.adopted[giver.ledger.id].sums.tolist() == [11.0] * 4
+
+    @pytest.mark.parametrize("owner", [REVOKED, "another heir"])
+    def test_that_was_given_up_is_not_kept(
+        self, tmp_path: Path, shared: Shared, ledgers: Ledgers, owner: str
+    ) -> None:
+        giver = self.sealed(tmp_path, shared)
+        copy = self.read(ledgers, giver.ledger.seal())
+        shared.owners[giver.ledger.id] = owner
+        with pytest.raises(Damaged, match="not the giver's"):
+            self.keep(ledgers, copy, shared)
+        assert shared.owners == {giver.ledger.id: owner}
+        assert (ledgers.adopted, ledger_files(tmp_path)) == ({}, [])
+
+    @pytest.mark.parametrize("begins", [NEXT, Epoch("instance", 5, "44" * 32)])
+    def test_of_an_epoch_that_is_over_is_dropped(
+        self, tmp_path: Path, shared: Shared, ledgers: Ledgers, begins: Epoch
+    ) -> None:
+        giver = self.sealed(tmp_path, shared)
+        copy = self.read(ledgers, giver.ledger.seal())
+        ledgers.begin(begins)
+        assert self.keep(ledgers, copy, shared) is None
+        assert (ledgers.adopted, ledger_files(tmp_path)) == ({}, [])
+
+    def test_that_is_damaged_leaves_nothing(self, tmp_path: Path, shared: Shared, ledgers: Ledgers) -> None:
+        giver = self.sealed(tmp_path, shared)
+        partial = giver.ledger.seal()
+        copy = ledgers.copy(partial.head, partial.start, len(partial.content))
+        with pytest.raises(Damaged):
+            self.keep(ledgers, copy, shared)
+        assert shared.owners[giver.ledger.id] == GIVER
+        assert (ledgers.adopted, ledger_files(tmp_path)) == ({}, [])
+
+    def test_of_another_job_or_model_is_refused(
+        self, tmp_path: Path, shared: Shared, ledgers: Ledgers
+    ) -> None:
+        partial = self.sealed(tmp_path, shared).ledger.seal()
+        for shape in (
+            Shape.of(MODEL, "other", 8, 4, 4096),
+            Shape.of(Layout((Weight("x", (4,)),)), "job", 8, 4, 4096),
+        ):
+            elsewhere = Ledgers(tmp_path, MODEL, shape, False, Reactor())
+            with pytest.raises(Damaged, match="another job or model"):
+                elsewhere.copy(partial.head, partial.start, len(partial.content))
+        assert ledger_files(tmp_path) == []
+
+    def test_who_gave_it_away_lets_go(self, tmp_path: Path, shared: Shared, ledgers: Ledgers) -> None:
+        dead = Dead(tmp_path, shared)
+        dead.upload("a", 1.0)
+        dead.die()
+        assert ledgers.open() and ledgers.own is not None
+        adopt(ledgers, shared)
+        ledgers.gave_away(dead.ledger.id)
+        assert ledgers.adopted == {}
+        assert len(ledger_files(tmp_path)) == 1
+        ledgers.gave_away("of nobody")
+        assert ledgers.own is not None
+        ledgers.gave_away(ledgers.own.id)
+        assert (ledgers.own, ledgers.in_hand, ledger_files(tmp_path)) == (None, set(), [])
+
+
+class TestCloseAtACleanStop:
+    def test_keeps_a_body_whose_question_is_open(
+        self, tmp_path: Path, shared: Shared, ledgers: Ledgers
+    ) -> None:
+        assert ledgers.open() and ledgers.own is not None
+        ledger_id, slot = ledgers.own.id, ledgers.own.receive()
         assert slot is not None
-        ledgers.own.release(slot)
+        ledgers.close()
+        assert (ledgers.own, ledgers.problem) == (None, "the server is stopping")
+        assert ledgers.locate(ledger_id) is Whereabouts.HELD
+        open_file(ledger_files(tmp_path)[0]).close()  # nobody holds it any more
+        ledgers.close()
+
+    def test_keeps_updates_for_a_sibling(self, tmp_path: Path, shared: Shared, ledgers: Ledgers) -> None:
+        assert ledgers.open() and ledgers.own is not None
+        ledgers.own.begin(EPOCH)
+        slot = ledgers.own.receive()
+        assert slot is not None
+        body = codec.encode(request_of("a", 3.0))
+        slot.buffer[: len(body)] = body
+        slot.length = len(body)
+        ledgers.own.record(slot, "a", 0.5, 0.25)
+        ledgers.own.accept(slot, Update("a", {"w": np.full(4, 3.0, np.float32)}, 2, 3, 0.5, 0.25))
+        ledger_id = ledgers.own.id
+        shared.owners[ledger_id] = "stopped"
+        ledgers.close()
+        sibling = Ledgers(tmp_path, MODEL, SHAPE, False, Reactor())
+        sibling.begin(EPOCH)
+        assert adopt(sibling, shared) == [ledger_id]
+        assert sibling.adopted[ledger_id].sums.tolist() == [3.0] * 4
+
+    def test_leaves_no_empty_one(self, tmp_path: Path, ledgers: Ledgers) -> None:
+        assert ledgers.open()
         ledgers.close()
         assert ledger_files(tmp_path) == []
 

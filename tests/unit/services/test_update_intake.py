@@ -24,7 +24,7 @@ from fedcore.ledger.layout import Epoch, Shape, SlotState
 from fedcore.ledger.ledger import MERGE_BATCH, Ledger, Partial, Slot
 from fedcore.ledger.spool import Spool
 from fedcore.services import update_intake
-from fedcore.services.update_intake import INLINE_FLOATS, RETRY_S, NoRoom, UpdateIntake
+from fedcore.services.update_intake import INLINE_FLOATS, REPLICATION_MS, RETRY_S, NoRoom, UpdateIntake
 from fedcore.store.cluster_state import (
     ClientMeta,
     ClusterState,
@@ -33,6 +33,7 @@ from fedcore.store.cluster_state import (
     LedgerRevoked,
     StateMissing,
 )
+from fedcore.store.redis import Redis
 from fedcore.wire.arrays import Layout, Weight
 from fedcore.wire.messages import FeatureMap, RequestUpdateModel
 
@@ -70,6 +71,9 @@ class SharedState:
     def __init__(self) -> None:
         self.questions: list[Question] = []
         self.redis = self
+        self.replicas = 0
+        self.replications: list[defer.Deferred[bool]] = []  # with replicas: asked for, not answered
+        self.patience: list[int] = []
         self._back: list[defer.Deferred[None]] | None = None
 
     async def accept_upload(
@@ -88,6 +92,14 @@ class SharedState:
         self.questions.append(question)
         return await question.reply
 
+    async def replicated(self, timeout_ms: int) -> bool:
+        self.patience.append(timeout_ms)
+        if not self.replicas:
+            return True
+        answer: defer.Deferred[bool] = defer.Deferred()
+        self.replications.append(answer)
+        return await answer
+
     async def connected(self) -> None:
         if self._back is not None:
             waiter: defer.Deferred[None] = defer.Deferred()
@@ -104,8 +116,9 @@ class SharedState:
 
 
 def test_the_shared_state_of_these_tests_has_the_real_one_s_interface() -> None:
-    ours, real = (inspect.signature(kind.accept_upload) for kind in (SharedState, ClusterState))
-    assert ours == real
+    for name, kind in (("accept_upload", ClusterState), ("replicated", Redis), ("connected", Redis)):
+        ours, real = (inspect.signature(getattr(each, name)) for each in (SharedState, kind))
+        assert ours == real
 
 
 class Reactor(task.Clock):
@@ -139,8 +152,8 @@ class Reactor(task.Clock):
         self.jobs.popleft()()
 
 
-def epoch_of(number: int, attempt: int = 1) -> Epoch:
-    return Epoch("instance", number, attempt, f"{number:064x}")
+def epoch_of(number: int) -> Epoch:
+    return Epoch("instance", number, f"{number:064x}")
 
 
 class Ledgers:
@@ -188,7 +201,7 @@ class World:
     def begin(self, number: int, attempt: int = 1) -> None:
         """The server goes to another iteration, and so do the devices."""
         self.number = number
-        self.intake.begin(epoch_of(number, attempt))
+        self.intake.begin(epoch_of(number), attempt)
 
     def upload(
         self,
@@ -233,8 +246,8 @@ class World:
         self.shared.questions[-1].answer(ACCEPTED)
         assert result_of(uploaded) == (ACCEPTED, 1)
 
-    def seal(self) -> defer.Deferred[Partial]:
-        return start(self.intake.seal())
+    def seal(self, attempt: int = 1) -> defer.Deferred[Partial]:
+        return start(self.intake.seal(self.number, attempt))
 
     @property
     def free_slots(self) -> int:
@@ -295,7 +308,7 @@ class TestAccept:
         world.accepted("b", 10.0)
         partial = result_of(world.seal())
         assert sums_of(partial) == [11.0] * 4
-        assert (partial.ledger_id, partial.iteration, partial.attempt) == (world.ledger.id, 5, 1)
+        assert (partial.ledger_id, partial.iteration) == (world.ledger.id, 5)
         totals = partial.totals
         assert (totals.count, totals.data_size, totals.eval_data_size) == (2, 4, 6)
         assert (totals.loss, totals.accuracy) == (2.0, 1.5)
@@ -359,7 +372,7 @@ class TestAccept:
         with pytest.raises(IterationMoved) as moved:
             result_of(world.upload("a"))
         assert moved.value.number == 6
-        world.intake.begin(epoch_of(5, 2))
+        world.intake.begin(epoch_of(5), 2)
         with pytest.raises(IterationMoved):
             result_of(world.upload("a"))
         assert not world.shared.questions
@@ -415,6 +428,44 @@ class TestAccept:
         world.shared.questions[0].fail(LedgerRevoked("taken"))
         with pytest.raises(LedgerRevoked):
             result_of(uploaded)
+
+
+class TestReplication:
+    """An update that a replica of Redis has, too, survives a fail-over; one that none has, the ledger brings back."""
+
+    def test_is_waited_for_before_the_answer(self, world: World) -> None:
+        world.shared.replicas = 1
+        uploaded = world.upload("a", 3.0)
+        world.shared.questions[0].answer(ACCEPTED)
+        assert (uploaded.called, world.shared.patience) == (False, [REPLICATION_MS])
+        world.shared.replications[0].callback(True)
+        assert result_of(uploaded) == (ACCEPTED, 1)
+
+    def test_that_comes_too_late_is_not_needed(self, world: World) -> None:
+        world.shared.replicas = 1
+        uploaded = world.upload("a", 3.0)
+        world.shared.questions[0].answer(ACCEPTED)
+        world.shared.replications[0].callback(False)
+        assert result_of(uploaded) == (ACCEPTED, 1)
+        assert sums_of(result_of(world.seal())) == [3.0] * 4
+
+    def test_that_is_cut_off_costs_no_update(self, world: World) -> None:
+        world.shared.replicas = 1
+        uploaded = world.upload("a", 3.0)
+        world.shared.questions[0].answer(ACCEPTED)
+        assert world.ledger.holds("a"), "whatever comes now, it is safe"
+        world.shared.replications[0].errback(StoreUnavailable("gone"))
+        assert result_of(uploaded) == (ACCEPTED, 1)
+        assert sums_of(result_of(world.seal())) == [3.0] * 4
+
+    def test_of_what_was_refused_or_counted_before_is_not_asked_for(self, world: World) -> None:
+        world.accepted("a")
+        asked = len(world.shared.patience)
+        for word in (ACCEPTED, Acceptance.FULL):
+            repeated = world.upload("a")
+            world.shared.questions[-1].answer(word)
+            result_of(repeated)
+        assert len(world.shared.patience) == asked == 1
 
 
 # ---- on record
@@ -611,6 +662,105 @@ class TestSeal:
             result_of(uploaded)
 
 
+class TestAttempts:
+    """A seal may be undone, because updates were lost with other servers; those of this server stay."""
+
+    def test_updates_are_taken_again_and_the_sums_stay(self, world: World) -> None:
+        world.accepted("a", 1.0)
+        assert sums_of(result_of(world.seal())) == [1.0] * 4
+        world.intake.resume(2)
+        world.accepted("b", 10.0, attempt=2)
+        partial = result_of(world.seal(2))
+        assert (sums_of(partial), set(partial.clients)) == ([11.0] * 4, clients("a", "b"))
+
+    def test_the_questions_name_the_attempt(self, world: World) -> None:
+        world.intake.resume(3)
+        world.upload("a", attempt=3)
+        assert world.shared.questions[0].asked[:3] == (5, 3, 5)
+
+    @pytest.mark.parametrize("attempt", [1, 3])
+    def test_another_attempt_is_the_callers_business(self, world: World, attempt: int) -> None:
+        world.intake.resume(2)
+        for work in (world.upload("a", attempt=attempt), world.seal(attempt)):
+            with pytest.raises(IterationMoved) as moved:
+                result_of(work)
+            assert moved.value.number == 5
+        assert not world.shared.questions
+
+    def test_another_iteration_is_not_sealed(self, world: World) -> None:
+        for number in (4, 6):
+            with pytest.raises(IterationMoved) as moved:
+                result_of(start(world.intake.seal(number, 1)))
+            assert moved.value.number == 5
+        world.accepted("a")
+
+    def test_a_seal_that_was_undone_meanwhile_gives_no_sums(self, world: World) -> None:
+        """They would lack what the next attempt brings."""
+        uploaded = world.upload("a", 1.0)
+        sealed = world.seal()
+        world.intake.resume(2)
+        world.shared.questions[0].answer(ACCEPTED)
+        assert result_of(uploaded) == (ACCEPTED, 1)
+        world.accepted("b", 10.0, attempt=2)
+        assert sums_of(result_of(world.seal(2))) == [11.0] * 4
+        with pytest.raises(IterationMoved):
+            result_of(sealed)
+
+    def test_a_question_of_the_attempt_before_may_still_be_answered(self, world: World) -> None:
+        """The update was counted, its reply was lost, the seal was undone: the shared state says that it counts."""
+        uploaded = world.upload("a", 1.0)
+        world.shared.questions[0].lose()
+        world.intake.resume(2)
+        sealed = world.seal(2)
+        world.reactor.advance(RETRY_S)
+        assert not sealed.called
+        world.shared.questions[1].answer(ACCEPTED)
+        assert result_of(uploaded) == (ACCEPTED, 1)
+        assert sums_of(result_of(sealed)) == [1.0] * 4
+
+    def test_updates_wait_for_a_batch_again(self, tmp_path: Path) -> None:
+        world = World(tmp_path, slots=2 * MERGE_BATCH)
+        result_of(world.seal())
+        world.intake.resume(2)
+        world.accepted("a", attempt=2)
+        assert world.ledger.unmerged == 1
+
+    def test_without_a_ledger_there_is_nothing_to_resume(self, world: World) -> None:
+        world.ledgers.own = None
+        world.intake.resume(2)
+        assert result_of(world.seal(2)) is None
+
+    def test_a_fault_is_not_forgotten(self, world: World) -> None:
+        break_sums(world)
+        world.accepted("a")
+        with pytest.raises(LocalError):
+            result_of(world.seal())
+        mend_sums(world)
+        world.intake.resume(2)
+        with pytest.raises(StoreUnavailable, match="broken"):
+            result_of(world.upload("b", attempt=2))
+        with pytest.raises(LocalError):
+            result_of(world.seal(2))
+
+    def test_a_seal_waits_for_the_iteration_that_waits_for_a_merge(self, threaded: World) -> None:
+        for fl_id in "abcd":
+            threaded.accepted(fl_id, 1000.0)
+        threaded.begin(6)
+        sealed = threaded.seal()
+        assert not sealed.called
+        threaded.reactor.work()
+        partial = result_of(sealed)
+        assert (sums_of(partial), partial.iteration) == ([0.0] * 4, 6)
+
+    def test_a_new_iteration_is_in_its_first_attempt_or_in_the_one_that_is_named(self, world: World) -> None:
+        world.intake.resume(4)
+        world.begin(6)
+        world.accepted("a")
+        world.begin(7, 3)
+        world.accepted("a", 2.0, attempt=3)
+        assert sums_of(result_of(world.seal(3))) == [2.0] * 4
+
+
 # ---- merging
 
 
@@ -768,8 +918,8 @@ class TestMerge:
         world.accepted("a", 5.0)
         world.begin(6, 2)
         world.accepted("a", 1.0, attempt=2)
-        partial = result_of(world.seal())
-        assert (sums_of(partial), partial.totals.count, partial.attempt) == ([1.0] * 4, 1, 2)
+        partial = result_of(world.seal(attempt=2))
+        assert (sums_of(partial), partial.totals.count) == ([1.0] * 4, 1)
 
 
 # ---- room

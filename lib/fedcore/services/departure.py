@@ -1,0 +1,78 @@
+"""A clean stop: what this server holds of the current iteration goes to whoever goes on with it.
+
+A sibling adopts the files of this host; otherwise a server of another host reads the sums and keeps them. What nobody
+takes stays on this host for the next server that starts here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from twisted.logger import Logger
+
+from fedcore.core.node_id import host_of
+from fedcore.errors import FedcoreError, PeerError, StoreError
+from fedcore.ledger.ledger import Partial
+from fedcore.services.iteration_driver import IterationDriver, Parts
+from fedcore.store.cluster_state import ClusterState
+
+
+class Departure:
+    """The last things that a server does."""
+
+    log = Logger()
+
+    def __init__(self, driver: IterationDriver, parts: Parts) -> None:
+        self._driver = driver
+        self._parts = parts
+
+    async def hand_over(self) -> None:
+        """Give what this server holds to whoever goes on with the iteration."""
+        cluster = self._driver.cluster
+        if cluster is None or not self._parts.redis.available:
+            return
+        try:
+            held = await self._held_updates(cluster)
+            if not held or await self._has_sibling():
+                return
+            self._driver.stopping_partials = held
+            for peer in await self._driver.refresh_others():
+                if await self._gave(peer, held):
+                    return
+        except FedcoreError as error:
+            self.log.error("the updates of this server could not be handed over: {error}", error=str(error))
+
+    async def release(self) -> None:
+        """Tell the siblings that what this server leaves on the host may be adopted."""
+        cluster = self._driver.cluster
+        if cluster is not None and self._parts.redis.available:
+            with contextlib.suppress(StoreError):
+                await cluster.announce_release()
+
+    async def _held_updates(self, cluster: ClusterState) -> list[Partial]:
+        """Seal what this server holds of the current iteration; those that count."""
+        number, attempt = self._driver.where
+        counted = await cluster.uploads_by_ledger(number)
+        own = await self._parts.intake.seal(number, attempt)
+        here = [*self._parts.ledgers.adopted.values(), *([] if own is None else [own])]
+        return [partial for partial in here if partial.ledger_id in counted]
+
+    async def _has_sibling(self) -> bool:
+        return any(
+            host_of(peer) == host_of(self._driver.node_id) for peer in await self._driver.refresh_others()
+        )
+
+    async def _gave(self, peer: str, held: list[Partial]) -> bool:
+        cluster = self._driver.joined_cluster()
+        for partial in list(held):
+            try:
+                await self._parts.peers.hand_over(
+                    peer, partial, cluster.keys.instance, self._driver.iteration.attempt
+                )
+            except PeerError as error:
+                self.log.warn("{peer} does not take the updates: {error}", peer=peer, error=str(error))
+                return False
+            held.remove(partial)
+            self._parts.ledgers.gave_away(partial.ledger_id)
+            self.log.info("{updates} updates handed over", updates=partial.totals.count, peer=peer)
+        return True

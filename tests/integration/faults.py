@@ -1,0 +1,330 @@
+"""A kit for faults: servers on hosts that can be killed, paused and cut off, clients that roam among them, a record.
+
+    with fleet_of(tmp_path, {0: 0, 1: 1}) as fleet, Run(fleet) as run:     # server 0 on host 0, server 1 on host 1
+        run.start_all(range(4))                     # by hand: clients 0 to 3 get their places ...
+        run.upload(range(2))                        # ... and two of them upload, each request at another server
+        fleet.kill(1)
+        run.upload(range(2, 4))
+        run.fetch(range(4))
+        report = run.judge()                        # see oracle.py
+
+``Run(fleet, clients=10)`` lets clients take part in threads instead; schedule.py makes up faults from a seed. Only
+loopback and processes of the test's own are touched. What cannot be cut here is the way between two servers: they
+find each other at the addresses that they registered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from integration.cluster import Cluster, Host, wait_until
+from integration.links import Link
+from integration.oracle import (
+    MODEL,
+    Journal,
+    Outcome,
+    Report,
+    judge,
+)
+from integration.roaming import REPLY_S, RovingClient
+from integration.watching import Prober, StatusWatch
+
+from fedcore.models.formats import write_model
+
+BAD_WORDS = ("Traceback", "Unhandled", "inner error", '"level": "critical"')
+
+
+class Fleet:
+    """Numbered servers of one job, the hosts they run on, and their links to Redis.
+
+    Attributes:
+        cluster: processes and files.
+        hosts: server -> host; may grow by ``add``.
+        lives: server -> which of its processes runs, or ran last; counted from 0.
+        links: server -> its way to Redis; every server has one of its own.
+        paused: servers that stand still.
+    """
+
+    def __init__(self, cluster: Cluster, hosts: Mapping[int, int]) -> None:
+        self.cluster = cluster
+        self.hosts: dict[int, Host] = {n: cluster.host(number) for n, number in hosts.items()}
+        self.lives: dict[int, int] = {}
+        self.links: dict[int, Link] = {}
+        self.paused: set[int] = set()
+
+    def add(self, n: int, host: int) -> None:
+        """Make a server known that may be started."""
+        self.hosts[n] = self.cluster.host(host)
+
+    def start(self, n: int, *options: str, ready: bool = True, env: Mapping[str, str] | None = None) -> None:
+        """Start a server, or start it again."""
+        if n not in self.links:
+            self.links[n] = Link(self.cluster.redis_port)
+        assert not self.up(n), f"server {n} runs"
+        self.cluster.start_server_on(
+            self.hosts[n], n, *options, redis_port=self.links[n].port, ready=False, env=env
+        )
+        self.lives[n] = self.lives.get(n, -1) + 1
+        if ready:
+            self.wait_ready(n)
+
+    def start_all(self, **options: Any) -> None:
+        """Start all servers beside each other."""
+        for n in self.hosts:
+            self.start(n, ready=False, **options)
+        self.wait_ready(*self.hosts)
+
+    def wait_ready(self, *servers: int) -> None:
+        """Wait until these servers are ready, all that run if none is named."""
+        for n in servers or self.running():
+            self.cluster.wait_listening(self.cluster.admin + n, self.cluster.name(n))
+            wait_until(lambda n=n: self.cluster.ready(n), f"server {n} is ready")
+
+    def kill(self, n: int, number: int = signal.SIGKILL) -> int:
+        """Send a signal and wait for the end; return the exit code."""
+        self.resume(n)
+        return self.cluster.kill(self.cluster.name(n), number)
+
+    def pause(self, n: int) -> None:
+        """Let a server stand still."""
+        self.paused.add(n)
+        self.cluster.pause(self.cluster.name(n))
+
+    def resume(self, n: int) -> None:
+        """Let a server go on."""
+        if n in self.paused:
+            self.paused.discard(n)
+            self.cluster.resume(self.cluster.name(n))
+
+    def up(self, n: int) -> bool:
+        """Tell whether nobody has killed this server since it was started."""
+        return self.cluster.name(n) in self.cluster.processes
+
+    def running(self) -> list[int]:
+        """Return the servers that were started and not killed; paused ones too."""
+        return [n for n in sorted(self.lives) if self.up(n)]
+
+    def at(self, n: int) -> Cluster:
+        """Return the cluster as seen by who talks to one server."""
+        return self.cluster.at(n)
+
+    def metric(self, line: str, servers: Iterable[int] | None = None) -> float:
+        """Return the sum of a metric over the running servers, or over these."""
+        return sum(self.cluster.metric(line, n) for n in (self.running() if servers is None else servers))
+
+    def log(self, n: int) -> str:
+        """Return what all processes of a server have written."""
+        return self.cluster.log(self.cluster.name(n))
+
+    def restart_redis(self) -> None:
+        """Stop Redis in order and start it with its data."""
+        self.cluster.kill("redis", signal.SIGTERM)
+        self.cluster.start_redis(keep=True)
+
+    def wipe_redis(self) -> None:
+        """End Redis and start it without data."""
+        self.cluster.wipe_redis()
+
+    @contextmanager
+    def redis_paused(self) -> Iterator[None]:
+        """Let Redis stand still; connections to it are taken."""
+        self.cluster.pause("redis")
+        try:
+            yield
+        finally:
+            self.cluster.resume("redis")
+
+    def check_alive(self) -> None:
+        """Fail if a server has ended that nobody killed, or has logged what no fault excuses."""
+        for n in self.lives:
+            if self.up(n):
+                code = self.cluster.processes[self.cluster.name(n)].poll()
+                assert code is None, f"server {n} ended by itself with {code}:\n{self.log(n)[-3000:]}"
+            bad = [line for line in self.log(n).splitlines() if any(word in line for word in BAD_WORDS)]
+            assert not bad, f"log of server {n}: {bad[0][:3000]}"
+
+    def outcomes(self) -> list[tuple[int, Outcome]]:
+        """Return what the servers' logs tell of ended iterations."""
+        told = []
+        for n in self.lives:
+            for line in self.log(n).splitlines():
+                with contextlib.suppress(ValueError):
+                    record = json.loads(line)
+                    if record.get("message", "").startswith(f"iteration {record.get('iteration')} ended: "):
+                        told.append((record["iteration"], Outcome(record["valid"], record["result"])))
+        return told
+
+    def close(self) -> None:
+        """End the links; the cluster ends the processes."""
+        for link in self.links.values():
+            link.close()
+
+
+@contextmanager
+def fleet_of(
+    directory: Path,
+    hosts: Mapping[int, int],
+    *,
+    places: int = 10,
+    fedcore: Mapping[str, Any] | None = None,
+    start: bool = True,
+    redis: int | None = None,
+    **settings: Any,
+) -> Iterator[Fleet]:
+    """Prepare a job whose model is ``oracle.MODEL``, start a Redis that keeps its data, and the servers.
+
+    Args:
+        directory: for everything.
+        hosts: server -> number of its host.
+        places: start_fl_job_threshold.
+        fedcore: sections of the YAML's ``fedcore``.
+        start: whether to start the servers.
+        redis: port of a Redis that runs already, if the job is to have that one.
+        settings: keys of ``round``, or fl_iteration_num; windows are ten minutes if not given.
+    """
+    windows = dict.fromkeys(
+        ("start_fl_job_time_window", "update_model_time_window", "global_iteration_time_window"), 600_000
+    )
+    sections = {"device": {"hold_time": 2.0, "retry_margin": 0.1}} | dict(fedcore or {})
+    given = {"fl_iteration_num": 1_000_000} | windows | settings
+    directory.mkdir(parents=True, exist_ok=True)
+    with Cluster(directory, start_fl_job_threshold=places, fedcore=sections, **given) as cluster:
+        write_model(directory / "model.safetensors", MODEL, set(), {})
+        if redis is None:
+            cluster.start_redis(keep=True)
+        else:
+            cluster.use_redis(redis)
+        fleet = Fleet(cluster, hosts)
+        try:
+            if start:
+                fleet.start_all()
+            yield fleet
+        finally:
+            fleet.close()
+
+
+class Run:
+    """A fleet at work under observation: clients by hand or in threads, probes, the status, the journal.
+
+    Attributes:
+        journal: what the clients see.
+        prober: when servers answer.
+        status: how iterations end.
+        clients: number -> client; made as they are asked for.
+        faults: what ended a client's thread.
+    """
+
+    def __init__(self, fleet: Fleet, *, clients: int = 0, seed: int = 1, probes: bool = True) -> None:
+        """Let so many clients take part in threads; by hand any others may."""
+        self.fleet = fleet
+        self.journal = Journal()
+        self.prober = Prober(fleet, self.journal)
+        self.status = StatusWatch(fleet.cluster)
+        self.clients: dict[int, RovingClient] = {}
+        self.faults: list[BaseException] = []
+        self._seed, self._probes = seed, probes
+        self._over = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._work, args=(self.client(c),), name=f"client-{c}", daemon=True)
+            for c in range(clients)
+        ]
+
+    def __enter__(self) -> Run:
+        self.status.start()
+        if self._probes:
+            self.prober.watch()
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self.prober.stop()
+        self.status.stop()
+        for client in self.clients.values():
+            client.http.close()
+
+    def stop(self) -> None:
+        """Let the clients in threads come to an end."""
+        self._over.set()
+        limit = time.monotonic() + 2 * REPLY_S
+        for thread in self._threads:
+            if thread.is_alive():
+                self.clients[int(thread.name.rpartition("-")[2])].over.set()
+        for thread in self._threads:
+            thread.join(max(0.0, limit - time.monotonic()))
+        for client in self.clients.values():
+            client.over.clear()
+
+    def _work(self, client: RovingClient) -> None:
+        try:
+            while not self._over.is_set():
+                client.take_part()
+        except BaseException as error:
+            if not self._over.is_set():
+                self.faults.append(error)
+
+    # ---- by hand
+
+    def client(self, number: int) -> RovingClient:
+        """Return a client."""
+        if number not in self.clients:
+            self.clients[number] = RovingClient(self.fleet, self.journal, number, self._seed * 1000 + number)
+        return self.clients[number]
+
+    def start_all(self, clients: Iterable[int], server: int | None = None) -> None:
+        """Let clients get their places; each must."""
+        for number in clients:
+            assert self.client(number).start(server), f"client {number} gets no place"
+
+    def upload(self, clients: Iterable[int], server: int | None = None) -> None:
+        """Let clients upload; each must get its 200."""
+        for number in clients:
+            assert self.client(number).upload(server), f"the update of client {number} is refused"
+
+    def fetch(self, clients: Iterable[int], server: int | None = None) -> None:
+        """Let clients get the model of their iteration."""
+        for number in clients:
+            self.client(number).fetch(server)
+
+    def see_everywhere(self, iteration: int) -> None:
+        """Get the model of an iteration from every running server."""
+        for n in self.fleet.running():
+            self.client(0).fetch(n, iteration=iteration)
+
+    # ---- in threads
+
+    def wait_for_iterations(self, more: int, seconds: float) -> None:
+        """Wait until the clients got the models of so many more iterations; fail if one of them has given up."""
+        goal = self.journal.newest() + more
+        wait_until(lambda: self.faults or self.journal.newest() >= goal, f"{more} more iterations", seconds)
+        self.check_clients()
+
+    def check_clients(self) -> None:
+        """Fail with what ended a client's thread."""
+        if self.faults:
+            raise AssertionError(f"a client gave up: {self.faults}") from self.faults[0]
+
+    # ---- the end
+
+    def outcomes(self) -> dict[int, Outcome]:
+        """Return how each iteration ended; fail if Redis or two servers tell it differently."""
+        merged: dict[int, Outcome] = {}
+        for iteration, outcome in [*self.fleet.outcomes(), *self.status.outcomes]:
+            known = merged.setdefault(iteration, outcome)
+            assert known.valid == outcome.valid, f"iteration {iteration} ended twice: {known}, {outcome}"
+        return merged
+
+    def judge(self, **options: Any) -> Report:
+        """Let the oracle judge what was seen until now; for its options see ``oracle.judge``."""
+        self.check_clients()
+        self.fleet.check_alive()
+        return judge(self.journal, self.outcomes(), **options)

@@ -1,0 +1,138 @@
+"""What operators and callbacks hear of iterations."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from twisted.logger import LogLevel, globalLogPublisher
+
+from fedcore.core.iteration import Iteration, Phase, Policy
+from fedcore.observe.journal import Journal
+from fedcore.observe.metrics import ServerMetrics
+from fedcore.services.reporting import IterationEnd, Reporter
+from fedcore.wire.arrays import Layout, Weight
+from fedcore.wire.image import ImageTemplate
+
+MODEL = ImageTemplate(Layout((Weight("w", (1,)),))).image({"w": np.zeros(1, np.float32)})
+
+
+def end(number: int = 3, *, valid: bool = True, seconds: float | None = 2.0) -> IterationEnd:
+    return IterationEnd("job", "i_1", number, valid, "why", MODEL, None, None, 5, seconds)
+
+
+class Told:
+    """A reporter, and all it tells."""
+
+    def __init__(self, directory: Path, limit: int) -> None:
+        self.metrics = ServerMetrics()
+        self.file = directory / "event.txt"
+        journal = Journal(self.file, "10.0.0.1:6000", lambda: datetime(2026, 1, 1))
+        self.reporter = Reporter(self.metrics, journal, limit)
+        self.logged: list[Any] = []
+        globalLogPublisher.addObserver(self.logged.append)
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(name, labels)
+
+    def levels(self) -> list[Any]:
+        return [event["log_level"] for event in self.logged]
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Iterator[Told]:
+    found = Told(tmp_path, 2)
+    yield found
+    globalLogPublisher.removeObserver(found.logged.append)
+
+
+def test_it_begins_collecting(told: Told) -> None:
+    assert told.metric("fl_iteration_phase", phase="collecting") == 1
+
+
+def test_policy(told: Told) -> None:
+    told.reporter.policy(Policy(5, 4, 1.0, 1.0, 1.0, 9))
+    assert told.metric("fl_iteration_quorum_clients", round="startFLJob") == 5
+    assert told.metric("fl_iteration_quorum_clients", round="updateModel") == 4
+
+
+def test_a_change_is_shown(told: Told) -> None:
+    before = Iteration(3)
+    told.reporter.changed(before, Iteration(3, 2, Phase.SEALED, selected=4, uploaded=2))
+    assert told.metric("fl_iteration") == 3
+    assert told.metric("fl_iteration_attempt") == 2
+    assert told.metric("fl_iteration_clients", round="startFLJob") == 4
+    assert told.metric("fl_iteration_clients", round="updateModel") == 2
+    assert told.metric("fl_iteration_phase", phase="sealed") == 1
+    assert told.metric("fl_iteration_phase", phase="collecting") == 0
+
+
+def test_a_valid_end_is_timed_counted_and_logged(told: Told) -> None:
+    heard: list[IterationEnd] = []
+    told.reporter.on_iteration_end.append(heard.append)
+    told.reporter.ended(end(), 0.25)
+    assert heard == [end()]
+    assert told.metric("fl_iterations_total", outcome="valid") == 1
+    assert told.metric("fl_iteration_duration_seconds_sum") == 2.0
+    assert told.metric("fl_publication_duration_seconds_sum") == 0.25
+    (record,) = told.logged
+    assert (record["log_level"], record["iteration"], record["valid"]) == (LogLevel.info, 3, True)
+    assert (record["result"], record["updates"], record["seconds"]) == ("why", 5, 2.0)
+
+
+def test_an_end_that_this_server_saw_no_upload_of_is_no_publication(told: Told) -> None:
+    told.reporter.ended(end(), None)
+    assert told.metric("fl_iteration_duration_seconds_count") == 1
+    assert told.metric("fl_publication_duration_seconds_count") == 0
+
+
+def test_an_iteration_that_nobody_began_has_no_duration(told: Told) -> None:
+    told.reporter.ended(end(seconds=None), 0.25)
+    assert told.metric("fl_iteration_duration_seconds_count") == 0
+
+
+def test_a_failed_end_is_a_warning_and_not_timed(told: Told) -> None:
+    told.reporter.ended(end(valid=False), 0.25)
+    assert told.metric("fl_iterations_total", outcome="failed") == 1
+    assert told.metric("fl_iteration_duration_seconds_count") == 0
+    assert told.levels() == [LogLevel.warn]
+    assert told.file.read_text() == ""
+
+
+def test_so_many_failures_in_a_row_are_an_event(told: Told) -> None:
+    told.reporter.ended(end(1, valid=False), None)
+    told.reporter.ended(end(2), None)
+    told.reporter.ended(end(3, valid=False), None)
+    assert told.file.read_text() == "", "the valid one in between begins the count anew"
+    told.reporter.ended(end(4, valid=False), None)
+    assert "event:Iteration failed 2 times continuously;" in told.file.read_text()
+    assert told.levels()[-1] is LogLevel.error
+
+
+def test_a_callback_that_fails_keeps_nobody_else_from_hearing(told: Told) -> None:
+    heard: list[int] = []
+
+    def broken(_: IterationEnd) -> None:
+        raise RuntimeError("mine")
+
+    told.reporter.on_iteration_end += [broken, lambda one: heard.append(one.number)]
+    told.reporter.ended(end(), None)
+    assert heard == [3]
+    assert told.levels() == [LogLevel.info, LogLevel.critical]
+    told.logged.clear()
+    gc.collect()
+
+
+def test_lost_updates_are_counted_logged_and_in_the_journal(told: Told) -> None:
+    told.reporter.lost(3, 2, 4, "10.0.0.9:1")
+    assert told.metric("fl_updates_lost_total") == 4
+    assert (
+        "Iteration 3 attempt 2 lost 4 accepted updates in the ledger of 10.0.0.9:1" in told.file.read_text()
+    )
+    (record,) = told.logged
+    assert (record["log_level"], record["updates"], record["owner"]) == (LogLevel.error, 4, "10.0.0.9:1")
