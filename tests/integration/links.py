@@ -32,11 +32,13 @@ class Link:
     Attributes:
         port: of 127.0.0.1; stays taken while the link is cut.
         carried: bytes delivered so far.
+        accepted: connections taken so far.
     """
 
     def __init__(self, target: int, host: str = HOST) -> None:
         self.target = (host, target)
         self.carried = 0
+        self.accepted = 0
         self._reservation = _bound(0)  # bound but never listening: keeps the port while it is cut
         self.port: int = self._reservation.getsockname()[1]
         self._loop = asyncio.new_event_loop()
@@ -123,6 +125,7 @@ class Link:
             near_out.transport.abort()
             return
         self._ends.add(near_out)
+        self.accepted += 1
         far_out = None
         try:
             await self._flowing.wait()

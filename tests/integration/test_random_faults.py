@@ -312,6 +312,7 @@ def test_a_link_that_hangs_can_be_cut(link: Link) -> None:
     link.hang()
     with connected(link) as connection:
         connection.sendall(b"one")
+        wait_until(lambda: link.accepted, "the link has it")
         link.cut()
         assert ended(connection)
     link.restore()

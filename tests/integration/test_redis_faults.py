@@ -23,6 +23,8 @@ from integration.watching import RedisReader, status_of
 
 from fedcore.core.iteration import DISABLED
 from fedcore.store.link import RIGHTS
+from fedcore.wire import codec
+from fedcore.wire.messages import RequestGetModel
 
 ONE_SERVER, ONE_HOST, TWO_HOSTS = {0: 0}, {0: 0, 1: 0}, {0: 0, 1: 1}
 HOSTS = pytest.mark.parametrize("hosts", [ONE_HOST, TWO_HOSTS], ids=["one host", "two hosts"])
@@ -77,9 +79,22 @@ def status(fleet: Fleet) -> dict[str, str]:
 
 
 def operate(fleet: Fleet, path: str, **values: Any) -> None:
-    """Have the scheduler do something."""
-    code, answer = fleet.cluster.operate(path, values)
-    assert code == 200, answer
+    """Have the scheduler do something, as soon as it can reach Redis."""
+    told: list[dict[str, Any]] = []
+
+    def done() -> bool:
+        code, answer = fleet.cluster.operate(path, values)
+        told.append(answer)
+        return code == 200 or "access the cache server" not in answer["error_message"]
+
+    wait_until(done, "the scheduler reaches Redis")
+    assert told[-1]["code"] == "0", told
+
+
+def serves(fleet: Fleet, n: int) -> bool:
+    """Tell whether a server has heard that the job is enabled."""
+    body = codec.encode(RequestGetModel(fl_name="job", iteration=0, timestamp="1"))
+    return not fleet.at(n).post("/getModel", body)[1].startswith(b"The server's training job")
 
 
 # ---- rights
@@ -108,6 +123,7 @@ def test_a_training_needs_no_more_rights_than_are_listed(tmp_path: Path, hosts: 
             run.start_all(range(PLACES))
             operate(fleet, "disableFLS")
             operate(fleet, "enableFLS")
+            wait_until(lambda: all(serves(fleet, n) for n in hosts), "all servers have heard of it")
             fleet.wipe_redis()
             assert ask(fleet, "ACL", "SETUSER", "fed", *rights) == "OK"
             fleet.wait_ready()

@@ -122,6 +122,11 @@ class ClientApi:
             if full and await self._moved_on(seen, until):
                 continue
             verdict = admission.judge_start(selection, request.fl_id, fault)
+            changed = seen[0] != self.driver.iteration.number or not self.driver.serving
+            if verdict.code == 200 and changed:  # the place was in an iteration that has ended meanwhile
+                if self._reactor.seconds() < until:
+                    continue
+                verdict = Verdict(300, admission.START_FULL)
             return (
                 self._current.selected(self._opening())
                 if verdict.code == 200
@@ -165,7 +170,7 @@ class ClientApi:
             while self._complete and self.driver.iteration.number == iteration.number:
                 if not await self._moved_on(self.driver.where, until):
                     break
-            if self.driver.iteration.number == iteration.number:
+            if self.driver.iteration.number == iteration.number or not self.driver.serving:
                 return self._current.model_not_ready(self._next_req_time())
         return self._current.model(request.iteration, self._opening())
 
