@@ -324,8 +324,10 @@ def test_stop_ends_all_servers_in_order(tmp_path: Path) -> None:
 
 def model_of(fleet: Fleet, n: int, iteration: int) -> str:
     """Return the digest of a model as a server gives it."""
-    answer = ask_model(fleet, n, iteration)
-    assert not isinstance(answer, str), answer
+    answer = wait_until(
+        lambda: None if isinstance(told := ask_model(fleet, n, iteration), str) else told,
+        "the server has heard that it may answer",
+    )
     assert answer.retcode == 200, answer.reason
     return digest_of({item.weight_fullname: item.data for item in answer.feature_map or ()})
 
