@@ -412,9 +412,9 @@ def test_the_windows_of_a_new_instance_are_in_force(tmp_path: Path) -> None:
 @HOSTS
 def test_a_new_instance_in_the_midst_of_training(tmp_path: Path, hosts: dict[int, int]) -> None:
     with job_of(tmp_path, hosts) as fleet, Run(fleet, clients=12) as run:
-        wait_until(lambda: run.faults or run.journal.newest() >= 25, "25 iterations", 40)
+        wait_until(lambda: run.faults or run.journal.newest() >= 60, "60 iterations", 60)
         run.check_clients()
-        followers = Followers(fleet, lambda answer: not isinstance(answer, str) and answer.iteration < 20)
+        followers = Followers(fleet, lambda answer: not isinstance(answer, str) and answer.iteration < 50)
         before = time.monotonic()
         at = operate(fleet, "newInstance", NEXT)
         assert max(followers.delays(at, "new instance").values()) < AT_ONCE_S
@@ -422,7 +422,7 @@ def test_a_new_instance_in_the_midst_of_training(tmp_path: Path, hosts: dict[int
         run.stop()
         run.check_clients()
         fleet.check_alive()
-        first, second, across = split(run.journal, before, 20)
+        first, second, across = split(run.journal, before, at + 1, 50)
         judge(first, {}, quorum=PLACES)
         report = judge(second, {}, quorum=9)
         assert len(report.members) >= 3
@@ -441,13 +441,14 @@ def served_since(run: Run, at: float) -> int:
     return max((entry.serving for entry in run.journal.answered if entry.at > at), default=0)
 
 
-def split(journal: Journal, moment: float, limit: int) -> tuple[Journal, Journal, list[Any]]:
+def split(journal: Journal, moment: float, settled: float, limit: int) -> tuple[Journal, Journal, list[Any]]:
     """Divide what was seen between two instances.
 
     Args:
         journal: of both.
-        moment: before the change.
-        limit: iterations up to here that were named after that are the new instance's.
+        moment: before the change. What was seen until then is the first instance's.
+        settled: when nobody waits for an answer from before the change any more. What is seen then is the second's.
+        limit: in between, iterations from here on are the first instance's.
 
     Returns:
         The first instance's, the second's, and models that were asked for in the one and came from the other.
@@ -456,17 +457,20 @@ def split(journal: Journal, moment: float, limit: int) -> tuple[Journal, Journal
     first.models = second.models = journal.models
     first.sent = second.sent = journal.sent
     across = []
+
+    def side(at: float, number: int) -> Journal:
+        return first if at < moment or (at < settled and number >= limit) else second
+
     for entry in journal.received:
-        if entry.at < moment or entry.serving >= limit:
-            first.received.append(entry)
-        elif entry.iteration < entry.serving:
-            second.received.append(entry)
-        else:
+        into = side(entry.at, entry.serving)
+        if into is second and entry.iteration >= entry.serving:
             across.append(entry)
+        else:
+            into.received.append(entry)
     for entry in journal.answered:
-        (first if entry.at < moment or entry.serving >= limit else second).answered.append(entry)
+        side(entry.at, entry.serving).answered.append(entry)
     for entry in journal.acknowledged:
-        (first if entry.at < moment or entry.iteration >= limit else second).acknowledged.append(entry)
+        side(entry.at, entry.iteration).acknowledged.append(entry)
     ended = max(entry.serving for entry in first.answered)
     first.acknowledged = [entry for entry in first.acknowledged if entry.iteration < ended]
     return first, second, across
