@@ -1,4 +1,7 @@
-"""What operators and callbacks hear of the iterations: metrics, one log record each, events in the journal."""
+"""What is told of the iterations: metrics, one log record each, events in the journal, callbacks.
+
+``Course`` remembers meanwhile what is to be told at an iteration's end.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,47 @@ class IterationEnd:
     totals: Totals | None
     updates: int
     seconds: float | None
+
+
+class Course:
+    """How the current iteration goes, and how the one before it went; times are seconds of the server's clock.
+
+    Attributes:
+        filled: when all places of the current iteration were taken, or None.
+        typical: seconds that the last valid iteration took from then to its end, or None.
+        updates_before: updates that the iteration before had counted.
+    """
+
+    def __init__(self) -> None:
+        self.filled: float | None = None
+        self.typical: float | None = None
+        self.updates_before = 0
+        self._started_before: float | None = None  # first startFLJob of the iteration before
+        self._filled_before: float | None = None
+        self._last_upload: float | None = None
+
+    def uploaded(self, now: float) -> None:
+        """Take notice of an update that was accepted here."""
+        self._last_upload = now
+
+    def changed(self, before: Iteration, after: Iteration, places: int, now: float) -> None:
+        """Take notice of a change of the iteration, which has so many places."""
+        if after.number != before.number:
+            self._started_before, self.updates_before = before.started, before.uploaded
+            self._filled_before, self.filled = self.filled, None
+        if self.filled is None and after.selected >= places:
+            self.filled = now
+
+    def seconds_until(self, now: float) -> float | None:
+        """Return how long the iteration before took, None if nobody came."""
+        return None if self._started_before is None else now - self._started_before
+
+    def end(self, valid: bool, now: float) -> float | None:
+        """Close the account of the iteration before; return the seconds since its last update reached this server."""
+        if valid and self._filled_before is not None:
+            self.typical = now - self._filled_before
+        last, self._last_upload = self._last_upload, None
+        return None if last is None else now - last
 
 
 class Reporter:
