@@ -335,9 +335,9 @@ def test_a_lost_new_instance_is_brought_back(tmp_path: Path, hosts: dict[int, in
         pair.part()
         operate(fleet, "newInstance", client_epoch_num=7)
         name = ask(fleet, "GET", "ms_fl:job:InstanceName:String")
+        for n in hosts:  # before the probes: until then a server may still answer for the old one
+            wait_until(lambda n=n: fleet.at(n).model(0).iteration == 1, "the new instance")
         with Run(fleet) as run:
-            for n in hosts:
-                wait_until(lambda n=n: run.client(0).fetch(n, iteration=0) == 1, "the new instance")
             run.start_all(range(PLACES))
             spread(run, range(4))
             pair.fail_over()

@@ -25,6 +25,7 @@ from fedcore.store.cluster_state import (
     IterationMoved,
     LeaseLapsed,
     LedgerRevoked,
+    LeftOut,
     Look,
     Node,
     Raised,
@@ -193,11 +194,18 @@ class Shared:
         number: int = 5,
         node_id: str = "node-1",
         meta: ClientMeta | None = None,
+        base: str = "",
     ) -> int | None:
         clients = {client_key(fl_id): meta or META for fl_id in fl_ids}
         return self.run(  # type: ignore[no-any-return]
-            self.state.restore_clients(number, ledger_id, node_id, clients)
+            self.state.restore_clients(number, ledger_id, node_id, clients, base)
         )
+
+    def left_out(self, ledger_id: str, *fl_ids: str, **details: Any) -> LeftOut:
+        """Why a ledger is not taken back."""
+        with pytest.raises(LeftOut) as caught:
+            self.restore(ledger_id, *fl_ids, **details)
+        return caught.value
 
     def rebasing(
         self, before: str, after: str, number: int = 5, finishes: bool = False
@@ -1540,6 +1548,67 @@ class TestRestoreClients:
             with pytest.raises(IterationMoved):
                 open_five.restore(ledger_id, "a")
         assert (open_five.clients(), open_five.uploads(), open_five.owner("L1")) == ({}, {}, "")
+
+    def test_the_ledgers_live_on_with_the_status(self, open_five: Shared) -> None:
+        open_five.command("PERSIST", open_five.state.keys.status)
+        assert open_five.restore("L1", "a") == 1
+        assert open_five.owner("L1") == "node-1"
+
+    @pytest.mark.parametrize(("base", "taken"), [("b0", True), ("", True), ("b1", False)])
+    @pytest.mark.parametrize("ledger_id", ["L1", ""])
+    def test_only_what_was_trained_from_this_model(
+        self, open_five: Shared, ledger_id: str, base: str, taken: bool
+    ) -> None:
+        if taken:
+            assert open_five.restore(ledger_id, "a", base=base) == len(ledger_id) // 2
+            return
+        before = open_five.names()
+        why = open_five.left_out(ledger_id, "a", base=base)
+        assert (why.updates, why.rebased) == (len(ledger_id) // 2, True)
+        assert open_five.names() == before
+
+    def test_a_status_without_a_model_takes_all(self, open_five: Shared) -> None:
+        open_five.set_status(base="")
+        assert open_five.restore("L1", "a", base="b1") == 1
+
+    def test_of_another_model_those_are_not_lost_that_count_elsewhere(self, open_five: Shared) -> None:
+        open_five.restore("L0", "a", node_id="node-2")
+        assert open_five.left_out("L1", "a", "b", "c", base="b1").updates == 2
+
+    @pytest.mark.parametrize("advanced", [True, False])
+    def test_those_who_come_too_late_are_counted(self, open_five: Shared, advanced: bool) -> None:
+        """Redis knows for a while who was counted in an iteration that is over, or has its model."""
+        open_five.restore("L0", "a", "b", node_id="node-2")
+        if advanced:
+            assert open_five.advance()
+        else:
+            open_five.set_status(phase=Phase.CANDIDATE.value)
+        why = open_five.left_out("L1", "b", "c", "d", base="b0")
+        assert (why.updates, why.rebased) == (2, False)
+        assert open_five.left_out("L0", "a", "b", node_id="node-2").updates == 0, "they count"
+        assert open_five.left_out("", "x").updates == 0, "a place is no update"
+
+    def test_of_an_iteration_that_is_forgotten_nobody_can_say(self, open_five: Shared) -> None:
+        open_five.restore("L0", "a", node_id="node-2")
+        assert open_five.advance()
+        open_five.command("DEL", open_five.state.keys.uploads(5))
+        assert open_five.left_out("L1", "b").updates == 0
+
+    def test_of_a_ledger_of_another_node_nothing_is_lost(self, open_five: Shared) -> None:
+        open_five.restore("L0", "a", node_id="node-2")
+        open_five.own("L1", "node-2")
+        assert open_five.advance()
+        assert open_five.left_out("L1", "b").updates == 0
+
+    def test_of_a_ledger_that_was_given_up_nothing_is_lost_again(self, open_five: Shared) -> None:
+        """Who gave it up has told so, and once the iteration is over the list of owners does not know it any more."""
+        open_five.restore("L1", "a")
+        open_five.restore("L0", "b", node_id="node-2")
+        assert open_five.reopen("L1") == 1
+        assert open_five.advance(attempt=2)
+        assert open_five.owner("L1") == ""
+        assert open_five.left_out("L1", "a").updates == 0
+        assert open_five.ttl(open_five.state.keys.revoked) == pytest.approx(JOB_TTL, abs=2)
 
 
 def test_an_interruption_can_be_forgotten(open_five: Shared) -> None:

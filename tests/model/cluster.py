@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import Any
 
 from fedcore.core.client_key import client_key
 from fedcore.core.iteration import Iteration, Phase
@@ -41,6 +42,7 @@ class Status:
     started: float | None = None
     first_upload: float | None = None
     sealed: float | None = None
+    updates: int = 0
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -53,7 +55,7 @@ class Status:
         self.attempt, self.phase = 1, Phase.COLLECTING
         self.token = self.digest = ""
         self.started = self.first_upload = self.sealed = None
-        self.lost = 0
+        self.lost = self.updates = 0
 
 
 _RANKS = {phase: rank for rank, phase in enumerate(Phase)}
@@ -88,6 +90,7 @@ class SharedState:
 
     Attributes:
         owners: ledger id -> node id, or "revoked".
+        given_up: all ledgers that were ever revoked.
         leases: node id -> when its heartbeat runs out.
         completed: iteration -> when its quorum was reached; only tests look at it.
         told: called with each word that goes over the channel of the job's changes.
@@ -114,6 +117,7 @@ class SharedState:
         self.uploads: dict[int, dict[str, str]] = {}
         self.waiting: dict[str, float] = {}
         self.owners: dict[str, str] = {}
+        self.given_up: set[str] = set()
         self.leases: dict[str, float] = {}
         self.completed: dict[int, float] = {}
 
@@ -125,16 +129,23 @@ class SharedState:
         other.uploads = {number: dict(uploads) for number, uploads in self.uploads.items()}
         for name in ("waiting", "owners", "leases", "completed"):
             setattr(other, name, dict(getattr(self, name)))
+        other.given_up = set(self.given_up)
         return other
 
     # ---- the whole
 
     def create_status(
-        self, number: int, success: bool, result: str, running: RunningState, base: str = ""
+        self,
+        number: int,
+        success: bool,
+        result: str,
+        running: RunningState,
+        base: str = "",
+        epoch: int = 0,
     ) -> bool:
         if self.status is not None:
             return False
-        self.status = Status(number, success=success, result=result, running=running, base=base)
+        self.status = Status(number, success=success, result=result, running=running, base=base, epoch=epoch)
         return True
 
     def read_status(self) -> Seen | None:
@@ -283,13 +294,24 @@ class SharedState:
         return dict(self.uploads.get(number, ()))
 
     def restore_clients(
-        self, number: int, ledger_id: str, node_id: str, clients: Mapping[str, str]
+        self, number: int, ledger_id: str, node_id: str, clients: Mapping[str, str], base: str = ""
     ) -> tuple[str, int]:
         status = self.status
-        if status is None or status.number != number or status.phase is Phase.CANDIDATE:
-            return "closed", 0
+        mine = self.owners.get(ledger_id, node_id) == node_id
+        word = ""
+        whole = status is not None and len(self.uploads.get(number, ())) >= status.updates
+        made = status is not None and status.phase is Phase.CANDIDATE and whole
+        if status is None or status.number != number or made:
+            word = "closed"
+        elif base and status.base not in ("", base):
+            word = "rebased"
+        if word:
+            counted = self.uploads.get(number, {})
+            known = word == "rebased" or bool(counted)
+            told = ledger_id and mine and known and ledger_id not in self.given_up
+            return word, len(clients.keys() - counted.keys()) if told else 0
         if ledger_id:
-            if self.owners.get(ledger_id, node_id) != node_id:
+            if not mine:
                 return "revoked", 0
             self.owners[ledger_id] = node_id
         places, uploads, restored = (
@@ -327,7 +349,7 @@ class SharedState:
             return False
         if len(self.uploads.get(number, {})) != updates:
             return False
-        status.phase, status.digest = Phase.CANDIDATE, digest
+        status.phase, status.digest, status.updates = Phase.CANDIDATE, digest, updates
         return True
 
     def claim_reduction(self, number: int, attempt: int, token: str, node_id: str) -> tuple[str, str] | None:
@@ -352,6 +374,7 @@ class SharedState:
             return None
         gone = set(ledgers)
         self.owners.update(dict.fromkeys(gone, REVOKED))
+        self.given_up |= gone
         uploads = self.uploads.get(number, {})
         lost = [client for client, holder in uploads.items() if holder in gone]
         for client in lost:
@@ -364,7 +387,7 @@ class SharedState:
         status.lost += len(lost)
         status.attempt, status.phase = attempt + 1, Phase.COLLECTING
         status.token = status.digest = ""
-        status.sealed = None
+        status.sealed, status.updates = None, 0
         self.told("reopened")
         return len(lost)
 
@@ -474,6 +497,7 @@ class SharedState:
             known.started,
             known.first_upload,
             known.sealed,
+            now.uploaded if now.phase is Phase.CANDIDATE else 0,
         )
         return "raised"
 
@@ -511,6 +535,17 @@ class Store:
         """SET NX and GET of the instance's name."""
         self.name = self.name or proposed
         return self.name
+
+    def select_client(self, instance: str, *words: Any) -> tuple[str, int]:
+        """select_client.lua"""
+        return ("missing", 0) if self._elsewhere(instance) else self.at(instance).select_client(*words)
+
+    def accept_upload(self, instance: str, *words: Any) -> tuple[str, int, str]:
+        """accept_upload.lua"""
+        return ("missing", 0, "") if self._elsewhere(instance) else self.at(instance).accept_upload(*words)
+
+    def _elsewhere(self, instance: str) -> bool:
+        return self.name not in ("", instance)
 
     def read(self, instance: str) -> tuple[str, Seen | None]:
         """read_status.lua"""

@@ -61,6 +61,7 @@ LAYOUT = Layout((Weight("who", (len(CLIENTS),)),))
 TEMPLATE = ImageTemplate(LAYOUT)
 FIRST_MODEL = TEMPLATE.image({"who": np.zeros(len(CLIENTS), np.float32)})
 HOLD_S = 8.0
+_BACK = float("-inf")
 _LEASE_MS = 10_000
 _BIRTH = datetime(2026, 1, 1)
 _MAX_FRAME = 1 << 20
@@ -149,6 +150,7 @@ class RecordedStore(Store):
     Attributes:
         run: number of the process; another one after a fail-over.
         texts: plain keys, but the instance's name.
+        awaited: who may still bring back what was lost, by key.
         ends: iteration -> how it ended.
         forgotten: iterations whose end Redis has lost and was not told again.
         standby: what the replica has, None if there is none; it catches up when somebody waits for it.
@@ -158,6 +160,7 @@ class RecordedStore(Store):
     def __init__(self, clock: Callable[[], float], told: Callable[[str], object]) -> None:
         super().__init__(clock, told, _LEASE_MS)
         self.texts: dict[str, str] = {}
+        self.awaited: dict[str, dict[str, float]] = {}  # key -> node id -> since when
         self.ends: dict[int, End] = {}
         self.forgotten: set[int] = set()
         self.standby: RecordedStore | None = None
@@ -261,6 +264,7 @@ class RecordedStore(Store):
             digest=str(fields.get("digest", "")),
             base=str(fields["base"]),
             lost=int(fields["lost"]),
+            uploaded=int(fields.get("updates", 0)),
             interrupted="disabled" in fields,
         )
         times = (moment(started), moment(first), moment(sealed))
@@ -268,8 +272,8 @@ class RecordedStore(Store):
         return Seen(iteration, *times, int(fence), int(epoch), success, result)
 
     def _create_status(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
-        _, number, success, result, running, base = words
-        return int(state.create_status(number, success == 1, result, RunningState(running), base))
+        _, number, success, result, running, base, *epoch = words
+        return int(state.create_status(number, success == 1, result, RunningState(running), base, *epoch))
 
     def _select_client(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
         number, client, meta, places, fit, _, *reserve, _ = words
@@ -277,7 +281,10 @@ class RecordedStore(Store):
         return [word.encode(), taken]
 
     def _accept_upload(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
-        number, attempt, requested, client, quorum, ledger_id, fit, _, node_id, _ = words
+        number, attempt, requested, client, quorum, ledger_id, fit, _, node_id, _, ms = words
+        new = self._id(client) and client not in state.uploads.get(requested, {})
+        if new and any(self.clock() - since < ms for since in self.awaited.get(keys[7], {}).values()):
+            return [b"awaited", 0, b""]
         word, counted, text = state.accept_upload(
             number, attempt, requested, self._id(client), quorum, ledger_id, node_id, fit == 1
         )
@@ -320,10 +327,15 @@ class RecordedStore(Store):
         return state.rebase(number, before, after, result, finishes == 1).encode()
 
     def _restore_clients(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
-        number, ledger_id, node_id, _, _, *pairs = words
+        number, ledger_id, node_id, _, base, *pairs = words
         metas = dict(zip(pairs[::2], pairs[1::2], strict=True))
-        word, restored = state.restore_clients(number, ledger_id, node_id, metas)
+        word, restored = state.restore_clients(number, ledger_id, node_id, metas, base)
         return [word.encode(), restored]
+
+    def _await_nodes(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> None:
+        known = self.awaited.setdefault(keys[0], {})
+        for node in words[1:]:
+            known.setdefault(node, self.clock())
 
     def _own_ledger(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
         return int(state.own_ledger(*words[:3]))
@@ -373,6 +385,10 @@ class RecordedStore(Store):
             case "HMGET", ("clients" | "uploads") as kind:
                 held = {"clients": state.clients, "uploads": state.uploads}[kind].get(int(parts[3]), {})
                 return [held[str(client)].encode() if client in held else None for client in fields]
+            case "HSET", "awaited":
+                return self.awaited.setdefault(key, {}).update(dict.fromkeys(map(str, fields[::2]), _BACK))
+            case "EXPIRE", "awaited":
+                return 1
             case "HDEL", "server":
                 return state.leave(str(fields[0]))
             case "DEL", _:

@@ -30,7 +30,7 @@ from fedcore.services.answers import Answer, Answers
 from fedcore.services.iteration_driver import IterationDriver
 from fedcore.services.terms import update_limit
 from fedcore.services.update_intake import NoRoom, UpdateIntake
-from fedcore.store.cluster_state import ClientMeta, Reserve, StateMissing
+from fedcore.store.cluster_state import ClientMeta, IterationMoved, Reserve, StateMissing
 from fedcore.wire import codec
 from fedcore.wire.arrays import Layout, all_finite, check_update
 from fedcore.wire.messages import (
@@ -45,6 +45,7 @@ from fedcore.wire.messages import (
 
 START_LIMIT = 256 * 1024  # bytes; a request with its certificate chain takes some 20 KiB
 GET_LIMIT = 64 * 1024
+RETRY_S = 0.1  # until the shared state is asked again that could not say yet, or may have changed meanwhile
 _LOOKS = 3  # at the shared state, until it is clear whether this server is behind
 INNER_ERROR = "An inner error occurred"
 _TEXT = b"text/html; charset=ISO-8859-1"  # what the original sends with everything; old devices do not look
@@ -289,7 +290,10 @@ class ClientApi:
             return await self._store_back(until)
         if isinstance(error, StateMissing) or self.driver.where != seen:
             return True
-        return await self._moved_on(seen, until)
+        if isinstance(error, IterationMoved):
+            return await self._moved_on(seen, until)
+        await self.driver.moved_on(seen, min(RETRY_S, until - self._reactor.seconds()))
+        return True
 
     @property
     def _complete(self) -> bool:

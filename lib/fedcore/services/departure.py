@@ -12,8 +12,8 @@ from twisted.logger import Logger
 
 from fedcore.core.node_id import host_of
 from fedcore.errors import FedcoreError, PeerError, StoreError
-from fedcore.ledger.ledger import Partial
 from fedcore.services.iteration_driver import IterationDriver, Parts
+from fedcore.services.ledgers import Closed
 from fedcore.store.cluster_state import ClusterState
 
 
@@ -33,9 +33,9 @@ class Departure:
             return
         try:
             held = await self._held_updates(cluster)
-            if not held or await self._has_sibling():
+            if not held.partials or await self._has_sibling():
                 return
-            self._driver.stopping_partials = held
+            self._driver.stopping = held
             for peer in await self._driver.refresh_others():
                 if await self._gave(peer, held):
                     return
@@ -49,30 +49,29 @@ class Departure:
             with contextlib.suppress(StoreError):
                 await cluster.announce_release()
 
-    async def _held_updates(self, cluster: ClusterState) -> list[Partial]:
+    async def _held_updates(self, cluster: ClusterState) -> Closed:
         """Seal what this server holds of the current iteration; those that count."""
         number, attempt = self._driver.where
         counted = await cluster.uploads_by_ledger(number)
         own = await self._parts.intake.seal(number, attempt)
         here = [*self._parts.ledgers.adopted.values(), *([] if own is None else [own])]
-        return [partial for partial in here if partial.ledger_id in counted]
+        counting = [partial for partial in here if partial.ledger_id in counted]
+        return Closed((cluster.keys.instance, number, attempt), counting)
 
     async def _has_sibling(self) -> bool:
         return any(
             host_of(peer) == host_of(self._driver.node_id) for peer in await self._driver.refresh_others()
         )
 
-    async def _gave(self, peer: str, held: list[Partial]) -> bool:
-        cluster = self._driver.joined_cluster()
-        for partial in list(held):
+    async def _gave(self, peer: str, held: Closed) -> bool:
+        instance, _, attempt = held.where
+        for partial in list(held.partials):
             try:
-                await self._parts.peers.hand_over(
-                    peer, partial, cluster.keys.instance, self._driver.iteration.attempt
-                )
+                await self._parts.peers.hand_over(peer, partial, instance, attempt)
             except PeerError as error:
                 self.log.warn("{peer} does not take the updates: {error}", peer=peer, error=str(error))
                 return False
-            held.remove(partial)
+            held.partials.remove(partial)
             self._parts.ledgers.gave_away(partial.ledger_id)
             self.log.info("{updates} updates handed over", updates=partial.totals.count, peer=peer)
         return True

@@ -51,6 +51,7 @@ class Finaliser:
         claimed = await driver.joined_cluster().claim_reduction(*where, effect.token, driver.node_id)
         if claimed is None:
             return await driver.observed()
+        self._memory.claimed(claimed[0])
         return core.ReductionClaimed(*claimed)
 
     async def reduce(self) -> core.Event | None:

@@ -58,6 +58,8 @@ class UpdateGuard:
         if not self._driver.serving:
             return
         adopted = await self._ledgers.adopt(cluster, self._driver.epoch(), self._driver.node_id)
+        if adopted:
+            await cluster.nodes_are_back(cluster.redis.run_id, self._ledgers.inherited)
         if adopted and not self._driver.busy:
             await self._driver.look()
         for ledger_id in list(self._ledgers.adopted):
@@ -84,12 +86,12 @@ class UpdateGuard:
         ledgers = self._ledgers
         if ledgers.own is not None:
             owner = await cluster.ledger_owner(ledgers.own.id)
-            if owner == self._driver.node_id:
+            if ledgers.own is not None and owner == self._driver.node_id:
                 self._owned = ledgers.own.id
                 return
-            if not owner and ledgers.own.id == self._owned:
+            if ledgers.own is not None and not owner and ledgers.own.id == self._owned:
                 await self._driver.remind()  # Redis has lost data, though the connection stands
-                return
+                # It is put on record below all the same: a Redis that has a candidate takes no updates back.
             if owner:
                 self.log.error(
                     "the update ledger was {how}; a new one is opened",
@@ -101,8 +103,10 @@ class UpdateGuard:
         if ledgers.open() and ledgers.own is not None:
             if fresh:  # before anything else can come in between
                 self._parts.intake.begin(self._driver.epoch(), self._driver.iteration.attempt)
-            if await cluster.own_ledger(ledgers.own.id, self._driver.node_id):
-                self._owned = ledgers.own.id
+            ledger_id = ledgers.own.id
+            if await cluster.own_ledger(ledger_id, self._driver.node_id):
+                self._owned = ledger_id
+            self._driver.wake()  # requests may have waited for it
 
     async def _watch_finaliser(self, cluster: ClusterState) -> None:
         """Notice that the finaliser is gone; to take over from one that is not would only cost time."""

@@ -17,30 +17,28 @@ from twisted.application.service import Service
 from twisted.internet import defer, task
 from twisted.logger import Logger
 
-from fedcore.config import Settings, hyper_parameters
+from fedcore.config import Settings
 from fedcore.core import iteration as core
-from fedcore.core import model_info
 from fedcore.core.iteration import Iteration, Phase
 from fedcore.errors import ConfigError, FedcoreError, StoreError, StoreUnavailable
 from fedcore.ledger.layout import Epoch
-from fedcore.ledger.ledger import Partial
 from fedcore.models.history import ModelHistory
 from fedcore.observe.metrics import ServerMetrics
 from fedcore.services.finaliser import Finaliser
 from fedcore.services.guard import UpdateGuard
-from fedcore.services.joining import Joined, join
-from fedcore.services.ledgers import Ledgers
+from fedcore.services.joining import Joined, Joining
+from fedcore.services.ledgers import Closed, Ledgers
 from fedcore.services.loss import LossJudge
 from fedcore.services.opening import Opening
 from fedcore.services.peers import Peers
 from fedcore.services.publication import Publication
-from fedcore.services.recovery import Memory, bring_back
+from fedcore.services.recovery import Memory, Recovery
 from fedcore.services.reduction import Reduction
 from fedcore.services.reporting import Course, Reporter
 from fedcore.services.terms import ledger_shape, policy_of
 from fedcore.services.update_intake import UpdateIntake
 from fedcore.store import instances
-from fedcore.store.cluster_state import ClientMeta, ClusterState, Raised, Snapshot
+from fedcore.store.cluster_state import ClientMeta, ClusterState, Raised
 from fedcore.store.keys import job_ttl
 from fedcore.store.redis import Commands, Redis
 
@@ -78,7 +76,7 @@ class IterationDriver(Service):
         course: how the current iteration goes, and how the one before it went.
         opening: the iteration that is served.
         busy: whether an effect is under way.
-        stopping_partials: the sealed sums of a server that is about to stop, None before.
+        stopping: the sealed sums of a server that is about to stop, None before.
     """
 
     log = Logger()
@@ -102,31 +100,29 @@ class IterationDriver(Service):
         self.places: dict[str, ClientMeta] = {}
         self.course = Course()
         self.busy = False
-        self.stopping_partials: list[Partial] | None = None
+        self.stopping: Closed | None = None
         self.on_join: list[Callable[[], object]] = []
         self.on_terms: list[Callable[[Settings], object]] = []
         self.on_leave: Callable[[], object] = lambda: None
         self.on_fatal: Callable[[ConfigError], object] = lambda error: None
-        self._file_settings = settings
         self._parts = parts
         self._redis, self._ledgers, self._intake = parts.redis, parts.ledgers, parts.intake
         self._reporter = parts.reporter
-        self._new_instance_name = new_instance_name
         self._reactor = reactor
         self._events: deque[core.Event] = deque()
         self._effects: deque[core.Effect] = deque()
-        self._joining = False
         self._guarding = False
         self._look_wanted = False
         self._looking = False
         self._waiting: list[defer.Deferred[None]] = []
         self._deadline: Any = None
         self._deadline_at = 0.0
-        self._follows = False  # whether this server was in an instance before the one that it is to join
         self._memory = Memory(reactor)
+        self._joining = Joining(self, parts, self._memory, settings, new_instance_name)
         self.opening = Opening(self, parts, reactor)
         self._finaliser = Finaliser(self, parts, self._memory)
         self._guard = UpdateGuard(self, parts, self._memory)
+        self._recovery = Recovery(self, parts, self._memory)
         self._run_id = ""  # of the Redis that knows all this server knows
         self._reporter.policy(self.policy)
         self._tick = task.LoopingCall(self._look_again)
@@ -136,7 +132,7 @@ class IterationDriver(Service):
     def startService(self) -> None:
         super().startService()
         self._tick.start(TICK_S)
-        self.run(self._join_when_connected())
+        self.run(self._joining.join())
 
     def stopService(self) -> None:
         super().stopService()
@@ -168,8 +164,14 @@ class IterationDriver(Service):
             self.note(core.UploadCounted(number, attempt, count))
 
     async def moved_on(self, seen: tuple[int, int], seconds: float) -> bool:
-        """Wait until another iteration or attempt than ``seen`` is served; tell whether it is, in so many seconds."""
-        return await self._wait(lambda: self.serving and self.where != seen, seconds)
+        """Wait until another iteration or attempt than ``seen`` is served; tell whether it is, in so many seconds.
+
+        Whoever waits while Redis is away goes on as soon as this server can take part again.
+        """
+        away = not self._redis.available
+        return await self._wait(
+            lambda: (self.serving and self.where != seen) or (away and self.joined), seconds
+        )
 
     async def store_back(self, seconds: float) -> bool:
         """Wait until this server can take part again, at most so many seconds; tell whether it can."""
@@ -234,7 +236,9 @@ class IterationDriver(Service):
         if self.cluster is None or not self._redis.available:
             return
         if message in (b"", b"released", b"forgotten"):
-            self.run(self._repair())
+            if message == b"forgotten":
+                self._recovery.others_say_so()
+            self.run(self.repair())
         elif message == b"joined":
             self.run(self.refresh_others())
         else:
@@ -242,13 +246,18 @@ class IterationDriver(Service):
 
     async def remind(self) -> None:
         """Tell Redis what it has forgotten of what this server knows; others do so for themselves."""
-        if await self._bring_back(self.joined_cluster()) is Raised.NEWER:
+        cluster = self.joined_cluster()
+        if (
+            await self._recovery.bring_back(cluster, self._redis.run_id) is Raised.NEWER
+            and cluster is self.cluster
+        ):
             self._leave_instance()
 
     async def refresh_others(self) -> list[str]:
         """Look who lives."""
         nodes = await self.joined_cluster().nodes("server")
         self.others = [node.node_id for node in nodes if node.node_id != self.node_id]
+        self._memory.saw(self.others)
         self._parts.metrics.peers.set(len(self.others))
         return self.others
 
@@ -370,21 +379,23 @@ class IterationDriver(Service):
     async def observed(self) -> core.Event | None:
         """Look at the shared state; return what differs from this server's copy, None if nothing does."""
         cluster = self.joined_cluster()
-        look = await cluster.read()
+        asked, look = self._reactor.seconds(), await cluster.read()
         if cluster is not self.cluster:
             return None  # another instance was joined meanwhile
         snapshot = look.snapshot
-        behind = snapshot is None or self._behind(snapshot)
-        if look.instance != cluster.keys.instance or behind:
-            if await self._bring_back(cluster) is Raised.NEWER:
-                self._leave_instance()
+        if self._recovery.due(look):
+            if await self._recovery.bring_back(cluster, self._redis.run_id) is Raised.NEWER:
+                if cluster is self.cluster:
+                    self._leave_instance()
                 return None
+            asked = self._reactor.seconds()
             snapshot = (await cluster.read()).snapshot
         if cluster is not self.cluster:
             return None
         if snapshot is None:
             raise StoreUnavailable("Redis forgets the status as soon as it is written")
-        seen = self._memory.localise(snapshot)  # nothing is awaited from here on: a look must not grow old
+        # Nothing is awaited from here on: a look must not grow old.
+        seen = self._memory.localise(snapshot, asked)
         finaliser = seen.token.partition(":")[2]
         if seen.changing or _differ(seen, self.iteration):
             gone = self._guard.is_gone(seen.token, finaliser)
@@ -392,30 +403,12 @@ class IterationDriver(Service):
             return core.Observed(seen, mine, snapshot.success, snapshot.result, gone and not mine)
         return None
 
-    def _behind(self, snapshot: Snapshot) -> bool:
-        """Tell whether Redis has forgotten what this server knows."""
-        return self.cluster is not None and snapshot.iteration.rank < self.iteration.rank
-
     def _leave_instance(self) -> None:
         """Let go of an instance that was replaced by a newer one, and join that."""
         self.log.info("the job has a new instance")
-        self.cluster, self._follows = None, True
-        self._memory.epoch += 1  # for a status that whoever named the instance has left to the servers
-        if not self._joining:
-            self.run(self._join())
-
-    async def _bring_back(self, cluster: ClusterState) -> Raised:
-        """Tell Redis what it has forgotten."""
-        self._memory.begin_doubt(self.others)
-        self.opening.be_patient()
-        self._parts.judge.forget()
-        raised = await bring_back(
-            cluster, self._memory.known(self.iteration), self._ledgers, self.node_id, self.places
-        )
-        if raised is not Raised.NEWER:
-            await cluster.offer_hyper_parameters(hyper_parameters(self.settings))
-            await cluster.offer_model_info(model_info.describe(self.models.newest_image.layout))
-        return raised
+        self._joining.leave(self.joined_cluster().keys.instance)
+        self.cluster = None
+        self.run(self._joining.join())
 
     async def _before_use(self, commands: Commands, run_id: str) -> None:
         """Bring back what a Redis has forgotten that is not the one of before, before anything else is asked of it."""
@@ -425,18 +418,24 @@ class IterationDriver(Service):
             window = self.settings.round.global_iteration_time_window
             keys = self.cluster.keys
             cluster = ClusterState(cast(Redis, commands), keys.fl_name, keys.instance, window)
-            await self._bring_back(cluster)
+            await self._recovery.bring_back(cluster, run_id)
         self._run_id = run_id
+        self.run(self._wake_when_connected())
+
+    async def _wake_when_connected(self) -> None:
+        await self._redis.connected()
+        self.wake()
 
     def _look_again(self) -> None:
         """Repair: join, compare with the shared state, look at the clock. Once a second, and at each deadline."""
         if self.cluster is not None and self._redis.available:
-            self.run(self._repair())
+            self.run(self.repair())
             self.run(self._watch_clock())
-        elif self.cluster is None and self._redis.available and not self._joining:
-            self.run(self._join())
+        elif self.cluster is None and self._redis.available:
+            self.run(self._joining.join())
 
-    async def _repair(self) -> None:
+    async def repair(self) -> None:
+        """See to all that may have been missed, unless that is under way."""
         if self._guarding:
             return
         self._guarding = True
@@ -456,36 +455,14 @@ class IterationDriver(Service):
 
     # ---- joining
 
-    async def _join_when_connected(self) -> None:
-        await self._redis.connected()
-        if self.running and self.cluster is None and not self._joining:
-            await self._join()
+    def go_on(self, joined: Joined) -> None:
+        """Take up the instance again that was left, for Redis has lost the one after it: nothing is forgotten yet."""
+        self._effects.clear()
+        self._events.clear()
+        self.cluster, self._run_id = joined.cluster, self._redis.run_id
+        self.log.warn("Redis has lost the new instance; this server goes on with the one before")
 
-    async def _join(self) -> None:
-        """Find or make the job's instance, and take up its current iteration."""
-        self._joining = True
-        models = self.models
-        try:
-            joined = await join(
-                self._redis,
-                self._file_settings,
-                models.newest_image.layout,
-                self._new_instance_name(),
-                1 if self._follows else models.newest + 1,
-                models.newest_image.digest,
-                self._memory.epoch,
-            )
-            self._take_part(joined)
-        except ConfigError as error:
-            self.on_fatal(error)
-            return
-        finally:
-            self._joining = False
-        for callback in self.on_join:
-            callback()
-        await self._repair()
-
-    def _take_part(self, joined: Joined) -> None:
+    def take_part(self, joined: Joined) -> None:
         """Take up an instance's current iteration; its model is seen to afterwards."""
         self._effects.clear()
         self._events.clear()

@@ -6,7 +6,9 @@ former over, in place of its file's, and compares the latter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from twisted.logger import Logger
 
@@ -15,11 +17,15 @@ from fedcore.config import hyper as shared_values
 from fedcore.core import model_info
 from fedcore.core.job import RunningState
 from fedcore.errors import ConfigError, StoreUnavailable
+from fedcore.services.recovery import Memory
 from fedcore.store.cluster_state import ClusterState, Snapshot, claim_instance
 from fedcore.store.instances import hyper_parameters_text
 from fedcore.store.keys import job_ttl
 from fedcore.store.redis import Redis
 from fedcore.wire.arrays import Layout
+
+if TYPE_CHECKING:
+    from fedcore.services.iteration_driver import IterationDriver, Parts
 
 log = Logger()
 
@@ -109,3 +115,69 @@ async def _agree_on_model(cluster: ClusterState, layout: Layout) -> None:
             hint=f"give all servers of {cluster.keys.fl_name} the same model; for another model take another "
             "fl_name, or delete the ModelInfo key of this one while no server runs",
         )
+
+
+class Joining:
+    """One server's way into the instances of its job; it works for the driver.
+
+    A server that has left an instance for a newer one, and finds the old one again as Redis has lost the newer, goes on
+    where it was: its copy of the iteration, its memory and its ledgers are kept until it takes part in another one.
+    """
+
+    def __init__(
+        self,
+        driver: IterationDriver,
+        parts: Parts,
+        memory: Memory,
+        settings: Settings,
+        new_instance_name: Callable[[], str],
+    ) -> None:
+        """Join the job of ``settings``, those of the file."""
+        self._driver = driver
+        self._parts = parts
+        self._memory = memory
+        self._settings = settings
+        self._new_instance_name = new_instance_name
+        self._joining = False
+        self._follows = False  # whether this server was in an instance before the one that it is to join
+        self._left = ""  # the instance whose state this server still holds
+
+    def leave(self, instance: str) -> None:
+        """Take notice that an instance was left for a newer one."""
+        self._follows, self._left = True, instance
+
+    async def join(self) -> None:
+        """Find or make the job's instance, and take up its current iteration; nothing if that is under way or done."""
+        driver = self._driver
+        if self._joining:
+            return
+        self._joining = True
+        try:
+            await self._parts.redis.connected()
+            if not driver.running or driver.cluster is not None:
+                return
+            models = self._parts.models
+            joined = await join(
+                self._parts.redis,
+                self._settings,
+                models.newest_image.layout,
+                self._new_instance_name(),
+                1 if self._follows else models.newest + 1,
+                models.newest_image.digest,
+                self._memory.epoch + 1 if self._follows else 0,
+            )
+            back, self._left = joined.cluster.keys.instance == self._left, ""
+            if back:
+                driver.go_on(joined)
+            else:
+                driver.take_part(joined)
+        except ConfigError as error:
+            driver.on_fatal(error)
+            return
+        finally:
+            self._joining = False
+        for callback in driver.on_join:
+            callback()
+        if back:
+            await driver.remind()
+        await driver.repair()

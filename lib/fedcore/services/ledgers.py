@@ -1,10 +1,17 @@
-"""The ledgers in this server's hands: its own, and those it took over from processes that died on this host."""
+"""The ledgers in this server's hands: its own, and those it took over from processes that died on this host.
+
+A file whose lock is free is adopted, unless the shared state names an owner on another host whose lease holds: to that
+one it was handed over, and what is here is a copy that its giver had no time to remove. Once that lease has run out
+the file is adopted too, by compare-and-set of the owner. So a host that comes back with another address keeps its
+ledgers; and where both hosts have the sum, they are the same bytes under the same id, and one of them counts.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -19,7 +26,7 @@ from fedcore.ledger.copy import PartialCopy
 from fedcore.ledger.files import Held, MappedFile, create_file, first_page, ledger_files, open_file
 from fedcore.ledger.layout import Damaged, Entry, Epoch, Shape, SlotState
 from fedcore.ledger.ledger import Ledger, Partial, Update
-from fedcore.store.cluster_state import ClientMeta, ClusterState, IterationMoved
+from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut
 from fedcore.store.keys import REVOKED
 from fedcore.wire import codec
 from fedcore.wire.arrays import Layout
@@ -35,6 +42,19 @@ class Whereabouts(StrEnum):
     HERE = "here"  # it can be summed
     HELD = "held"  # its file is there; its process lives, or it is about to be adopted
     ABSENT = "absent"
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The sealed sums of a server that is about to stop.
+
+    Attributes:
+        where: instance, iteration and attempt in which they were sealed.
+        partials: those that nobody has taken over yet.
+    """
+
+    where: tuple[str, int, int]
+    partials: list[Partial]
 
 
 def update_of(request: RequestUpdateModel, data_size: int, eval_data_size: int) -> Update:
@@ -62,6 +82,8 @@ class Ledgers:
         problem: why there is none.
         adopted: sealed sums of dead processes' ledgers, of the current epoch, by ledger id.
         inherited: node ids of these processes.
+        on_left_out: is told of each adopted ledger that the shared state does not take back, what it holds updates of,
+            and why.
     """
 
     log = Logger()
@@ -81,6 +103,7 @@ class Ledgers:
         self.adopted: dict[str, Partial] = {}
         self._dropped: list[str] = []  # ledgers that are gone, but still on the shared list of owners
         self.inherited: set[str] = set()
+        self.on_left_out: Callable[[str, Epoch, LeftOut], object] = lambda ledger_id, epoch, why: None
         self.durable = durable
         self._directory = directory
         self._model = model
@@ -91,6 +114,7 @@ class Ledgers:
         self._taken: dict[str, tuple[Epoch, MappedFile]] = {}  # by ledger id, as ``adopted``
         self._former: dict[str, str] = {}  # adopted ledger -> node id of its owner before
         self._passed: set[Path] = set()  # files that are none of ours, or of a later iteration
+        self._elsewhere: dict[Path, str] = {}  # files whose ledger a living node of another host owns
         self._unreadable: set[Path] = set()  # files that were complained of
         self._closed = False
         self._adopting = defer.DeferredLock()
@@ -142,6 +166,7 @@ class Ledgers:
             self.inherited.clear()
             self._former.clear()
         self._passed.clear()
+        self._elsewhere.clear()
         self._epoch = epoch
 
     # ---- who holds what
@@ -151,9 +176,15 @@ class Ledgers:
         """Ledgers whose updates this server can sum."""
         return set(self.adopted) | (set() if self.own is None else {self.own.id})
 
-    def serves(self, number: int) -> bool:
-        """Tell whether the own ledger holds updates of an iteration."""
-        return self._epoch is not None and self._epoch.iteration == number
+    @property
+    def epoch(self) -> Epoch | None:
+        """Which updates the ledgers hold; None before the first."""
+        return self._epoch
+
+    @property
+    def idle(self) -> bool:
+        """Whether no ledger holds an update."""
+        return not self.adopted and (self.own is None or self.own.idle)
 
     def locate(self, ledger_id: str) -> Whereabouts:
         """Tell what this host knows of a ledger."""
@@ -271,6 +302,8 @@ class Ledgers:
         mine = self._file is not None and path == self._file.path
         if mine or path in self._passed or any(path == file.path for _, file in self._taken.values()):
             return None
+        if path in self._elsewhere and await cluster.is_alive("server", self._elsewhere[path]):
+            return None
         try:
             file = open_file(path, self.durable)
         except Held:
@@ -314,8 +347,9 @@ class Ledgers:
         if before == REVOKED:
             file.remove()  # its clients were told to come again
             return None
-        if before and host_of(before) != host_of(node_id):
-            file.remove()  # what is in it was handed over to another host
+        if before and host_of(before) != host_of(node_id) and await cluster.is_alive("server", before):
+            self._elsewhere[file.path] = before  # it was handed over, or this host had another address
+            file.close()
             return None
         if not await cluster.own_ledger(examined.ledger_id, node_id, before):
             self._pass(file)
@@ -351,8 +385,10 @@ class Ledgers:
     async def _tell_again(self, cluster: ClusterState, epoch: Epoch, ledger: Ledger, node_id: str) -> None:
         """Have the shared state know what is in an adopted ledger: it may have lost data since its owner died."""
         metas = {client.hex(): ClientMeta(size, 0, 0) for client, size in ledger.clients().items()}
-        with contextlib.suppress(IterationMoved):
-            await cluster.restore_clients(epoch.iteration, ledger.id, node_id, metas)
+        try:
+            await cluster.restore_clients(epoch.iteration, ledger.id, node_id, metas, epoch.base)
+        except LeftOut as why:
+            self.on_left_out(ledger.id, epoch, why)
 
     async def _settle(
         self, cluster: ClusterState, epoch: Epoch, ledger: Ledger, entries: tuple[Entry, ...]

@@ -51,7 +51,7 @@ class LossJudge:
 
     def forget(self) -> None:
         """Begin anew to count the time that ledgers are out of reach."""
-        self._missed_since.clear()
+        self._missed_since = {}
 
     async def lost(
         self, cluster: ClusterState, number: int, had: Collection[str], *, out_of_patience: bool
@@ -78,10 +78,12 @@ class LossJudge:
             for ledger_id, partial in self._ledgers.adopted.items()
             if partial.iteration == number and partial.totals.count < counted.get(ledger_id, 0)
         }
-        missed = {}
+        watched, missed = self._missed_since, {}
         for ledger_id in counted.keys() - self._ledgers.in_hand - set(had):
             if ledger_id in suspects and (out_of_patience or await self._missing(suspects, ledger_id)):
-                missed[ledger_id] = self._missed_since.get(ledger_id, self._reactor.seconds())
+                missed[ledger_id] = watched.get(ledger_id, self._reactor.seconds())
+        if self._missed_since is not watched:
+            return tuple(sorted(short))  # forgotten meanwhile: Redis has lost data, and all begins anew
         self._missed_since = missed
         late = {i for i, since in missed.items() if self._reactor.seconds() - since >= LOSS_S}
         return tuple(sorted(short | late))

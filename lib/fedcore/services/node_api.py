@@ -193,8 +193,9 @@ class NodeApi:
             Unserved: the iteration is not sealed in that attempt.
         """
         driver = self._driver
-        if driver.stopping_partials is not None:
-            return [partial for partial in driver.stopping_partials if partial.iteration == iteration]
+        stopping = driver.stopping
+        if stopping is not None and stopping.where == (instance, iteration, attempt):
+            return list(stopping.partials)
         if not self._is_at(instance, iteration, attempt):
             await driver.look()
         if not self._is_at(instance, iteration, attempt):

@@ -81,8 +81,11 @@ class Opening:
         driver, intake = self._driver, self._parts.intake
         self.number, self.problem, self._baseless_since = number, "", None
         self._parts.reduction.forget()
-        driver.places.clear()
-        intake.begin(driver.epoch(), driver.iteration.attempt)
+        if intake.holds(driver.epoch()):  # this server is back where it was
+            intake.resume(driver.iteration.attempt)
+        else:
+            driver.places.clear()
+            intake.begin(driver.epoch(), driver.iteration.attempt)
         driver.wake()
 
     def _tell_end(self, effect: core.Open, made: Candidate | None) -> None:

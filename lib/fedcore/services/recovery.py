@@ -2,22 +2,67 @@
 
 Every server brings back the furthest state of the iteration that it has seen, the clients whose updates its ledgers
 hold, and those that it gave a place. The scripts only ever raise, so the order in which servers do so does not matter.
+What Redis does not take back, because the iteration has gone on without it or from another model, is told as lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from twisted.logger import Logger
 
+from fedcore.config import hyper_parameters
+from fedcore.core import model_info
 from fedcore.core.iteration import Iteration
+from fedcore.ledger.layout import Epoch
 from fedcore.services.ledgers import Ledgers
-from fedcore.store.cluster_state import ClientMeta, ClusterState, IterationMoved, Raised, Snapshot
+from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Look, Raised, Snapshot
+from fedcore.store.keys import DOUBT_S
 
-DOUBT_S = 10.0  # how long after a loss of data others may still bring back what they hold
+if TYPE_CHECKING:
+    from fedcore.services.iteration_driver import IterationDriver, Parts
+
+JUMP_S = 2.0  # by so much Redis' clock may differ from one look to the next; more, and it was set
+_SAME_S = 0.0005  # half of the unit in which Redis holds moments
 log = Logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When something happened.
+
+    Attributes:
+        by_redis: seconds by Redis' clock, as the status holds it.
+        here: seconds by this server's clock.
+        sure: whether ``here`` is right within JUMP_S.
+    """
+
+    by_redis: float
+    here: float
+    sure: bool = True
+
+
+def placed(known: Moment | None, by_redis: float, clock: float, asked: float, now: float) -> Moment:
+    """Return when something happened by this server's clock, though somebody may set that of Redis.
+
+    Args:
+        known: what was known of it before, None if nothing.
+        by_redis: when it happened by Redis' clock.
+        clock: when Redis answered, by its clock.
+        asked: when Redis was asked, by this server's clock; it answered between then and ``now``.
+        now: by this server's clock.
+
+    Returns:
+        The moment: what Redis' clock says, unless it says of a moment that was known already something else than
+        before. What a clock that was set in the meantime says of news cannot be told from the truth.
+    """
+    here, sure = min(now, now - (clock - by_redis)), now - asked <= JUMP_S
+    same = known is not None and abs(known.by_redis - by_redis) < _SAME_S
+    if known is not None and same and known.sure and abs(known.here - here) > JUMP_S:
+        return known
+    return Moment(by_redis, here, sure)
 
 
 class Memory:
@@ -33,27 +78,43 @@ class Memory:
         self.ended = (True, "")
         self.sealed_at: float | None = None
         self._reactor = reactor
+        self._moments: dict[str, Moment] = {}  # of the current iteration
         self._fence = 0  # highest number of a token that was seen
         self.epoch = 0
         self._doubt_until = float("-inf")
+        self._seen: dict[str, float] = {}  # who was on the list of the living, and when last
+        self._saw_at = 0.0
         self._others_before: dict[str, float] = {}  # who lived when Redis may have forgotten them, and when
 
     def sealed_for(self) -> float:
         """Return for how many seconds the iteration has been sealed; infinite if nobody said when."""
         return float("inf") if self.sealed_at is None else float(self._reactor.seconds() - self.sealed_at)
 
-    def localise(self, snapshot: Snapshot) -> Iteration:
-        """Take note of what the shared state says; return the iteration with its times by this server's clock."""
-        now = self._reactor.seconds()
+    def localise(self, snapshot: Snapshot, asked: float | None = None) -> Iteration:
+        """Take note of what the shared state says; return the iteration with its times by this server's clock.
+
+        Args:
+            snapshot: what it says.
+            asked: when it was asked, seconds; None: just now.
+        """
         self._fence = max(self._fence, snapshot.fence)
         self.epoch = max(self.epoch, snapshot.epoch)
-        sealed, started, first = snapshot.sealed_ago, snapshot.started_ago, snapshot.first_upload_ago
-        self.sealed_at = None if sealed is None else now - sealed
+        self.sealed_at = self._here("sealed", snapshot.sealed_ago, snapshot.clock, asked)
         return replace(
             snapshot.iteration,
-            started=None if started is None else now - started,
-            first_upload=None if first is None else now - first,
+            started=self._here("started", snapshot.started_ago, snapshot.clock, asked),
+            first_upload=self._here("first_upload", snapshot.first_upload_ago, snapshot.clock, asked),
         )
+
+    def _here(self, name: str, ago: float | None, clock: float, asked: float | None) -> float | None:
+        """Return when something happened by this server's clock, which Redis says was so many seconds ago."""
+        if ago is None:
+            self._moments.pop(name, None)
+            return None
+        now = self._reactor.seconds()
+        moment = placed(self._moments.get(name), clock - ago, clock, now if asked is None else asked, now)
+        self._moments[name] = moment
+        return moment.here
 
     def known(self, iteration: Iteration) -> Snapshot:
         """Return the furthest state that this server has seen; ``iteration`` is its copy."""
@@ -76,12 +137,27 @@ class Memory:
     def begin_instance(self) -> None:
         """Forget what was known of another instance."""
         self._fence = self.epoch = 0
+        self._moments.clear()
+
+    def claimed(self, token: str) -> None:
+        """Take note of a token that this server was given."""
+        self._fence = max(self._fence, int(token.partition(":")[0]))
+
+    def saw(self, others: Iterable[str]) -> None:
+        """Take note of the servers that are on the list of the living."""
+        # By the last look, not by now: who was paused since then has not seen them go.
+        self._seen = {peer: last for peer, last in self._seen.items() if self._saw_at - last < DOUBT_S}
+        self._saw_at = self._reactor.seconds()
+        self._seen.update(dict.fromkeys(others, self._saw_at))
 
     def begin_doubt(self, others: Iterable[str]) -> None:
-        """From now on Redis may not know yet what the others know, for DOUBT_S."""
+        """From now on Redis may not know yet what the others know, for DOUBT_S.
+
+        A Redis that was emptied lists nobody at first: those that it listed lately count, too.
+        """
         now = self._reactor.seconds()
         self._doubt_until = now + DOUBT_S
-        self._others_before.update(dict.fromkeys(others, now))
+        self._others_before.update(dict.fromkeys([*others, *self._seen], now))
 
     def in_doubt(self, others: Iterable[str]) -> list[str]:
         """Return the servers that may hold what Redis has forgotten; nobody once the doubt is over."""
@@ -99,6 +175,7 @@ async def bring_back(
     ledgers: Ledgers,
     node_id: str,
     places: Mapping[str, ClientMeta],
+    left_out: Callable[[str, Epoch, LeftOut], object] = lambda ledger_id, epoch, why: None,
 ) -> Raised:
     """Make Redis know what this server knows; what Redis knows better stays.
 
@@ -108,6 +185,7 @@ async def bring_back(
         ledgers: those in its hands.
         node_id: this server.
         places: the clients that it gave a place in the current iteration, client key -> what they declared.
+        left_out: is told of each ledger that Redis does not take back, what it holds updates of, and why.
 
     Returns:
         What became of the status. NEWER: nothing was changed, the job has another instance.
@@ -120,20 +198,10 @@ async def bring_back(
         return raised
     if raised is Raised.RAISED:
         await cluster.announce_loss()
-    number, restored = known.iteration.number, 0
-    held = {i: p.clients for i, p in ledgers.adopted.items() if p.iteration == number}
-    try:
-        await cluster.restore_clients(number, "", node_id, places)  # first: these say what was declared
-        for ledger_id, clients in held.items():
-            await ledgers.claim_again(cluster, ledger_id, node_id)
-            metas = {client.hex(): ClientMeta(0, 0, 0) for client in clients}
-            restored += await cluster.restore_clients(number, ledger_id, node_id, metas) or 0
-        own = ledgers.own
-        if own is not None and ledgers.serves(number):
-            metas = {client.hex(): ClientMeta(size, 0, 0) for client, size in own.clients().items()}
-            restored += await cluster.restore_clients(number, own.id, node_id, metas) or 0
-    except IterationMoved:
-        return raised  # Redis is further on than this server
+    number, epoch = known.iteration.number, ledgers.epoch
+    restored = 0
+    if epoch is not None and (epoch.instance, epoch.iteration) == (cluster.keys.instance, number):
+        restored = await _bring_back_clients(cluster, epoch, ledgers, node_id, places, left_out)
     if raised is Raised.RAISED or restored:
         log.warn(
             "Redis had lost data of iteration {iteration}; what this server knows is there again",
@@ -143,3 +211,113 @@ async def bring_back(
             updates=restored,
         )
     return raised
+
+
+async def _bring_back_clients(
+    cluster: ClusterState,
+    epoch: Epoch,
+    ledgers: Ledgers,
+    node_id: str,
+    places: Mapping[str, ClientMeta],
+    left_out: Callable[[str, Epoch, LeftOut], object],
+) -> int:
+    """Make Redis know the clients of the ledgers' epoch, see ``bring_back``.
+
+    Returns:
+        How many updates it had forgotten.
+    """
+
+    async def restore(ledger_id: str, clients: Mapping[str, ClientMeta]) -> int:
+        try:
+            taken = await cluster.restore_clients(epoch.iteration, ledger_id, node_id, clients, epoch.base)
+        except LeftOut as why:
+            left_out(ledger_id, epoch, why)
+            return 0
+        return taken or 0
+
+    adopted = {ledger_id: partial.clients for ledger_id, partial in ledgers.adopted.items()}
+    await restore("", places)  # first: these say what was declared
+    restored = 0
+    for ledger_id, held in adopted.items():
+        await ledgers.claim_again(cluster, ledger_id, node_id)
+        restored += await restore(ledger_id, {client.hex(): ClientMeta(0, 0, 0) for client in held})
+    own = ledgers.own
+    if own is not None and ledgers.epoch == epoch:
+        clients = {client.hex(): ClientMeta(size, 0, 0) for client, size in own.clients().items()}
+        restored += await restore(own.id, clients)
+    return restored
+
+
+class Recovery:
+    """What one server does about a Redis that has lost data; it works for the driver."""
+
+    def __init__(self, driver: IterationDriver, parts: Parts, memory: Memory) -> None:
+        self._driver = driver
+        self._parts = parts
+        self._memory = memory
+        self._warned = False
+        self._contradicted: Epoch | None = None  # of which Redis names another model to train from
+        self._told: set[tuple[str, Epoch]] = set()  # ledgers that were left out
+        parts.ledgers.on_left_out = self._left_out
+
+    def others_say_so(self) -> None:
+        """Take notice that Redis had lost data: this server must tell what it knows before it follows the others."""
+        self._warned = True
+
+    def due(self, look: Look) -> bool:
+        """Tell whether Redis may have forgotten what this server knows, or contradicts it."""
+        warned, self._warned = self._warned, False
+        snapshot, cluster = look.snapshot, self._driver.joined_cluster()
+        if snapshot is None or look.instance != cluster.keys.instance or warned:
+            return True
+        return self._contradicts(snapshot.iteration) or snapshot.iteration.rank < self._driver.iteration.rank
+
+    def _contradicts(self, seen: Iteration) -> bool:
+        """Tell whether Redis has begun the iteration again, from another model; True once."""
+        held = self._parts.ledgers.epoch
+        if held is None or held == self._contradicted or self._parts.ledgers.idle:
+            return False
+        instance = self._driver.joined_cluster().keys.instance
+        if (held.instance, held.iteration) != (instance, seen.number) or seen.base in ("", held.base):
+            return False
+        self._contradicted = held
+        return True
+
+    async def bring_back(self, cluster: ClusterState, run_id: str) -> Raised:
+        """Tell the Redis with this run id what it has forgotten; see ``bring_back``.
+
+        No update is counted meanwhile, by nobody: a client may come again to another server than the one that holds
+        its update, and must be told so.
+        """
+        driver = self._driver
+        self._memory.begin_doubt(driver.others)
+        driver.opening.be_patient()
+        self._parts.reduction.be_patient()
+        self._parts.judge.forget()
+        others = [peer for peer in self._memory.in_doubt(driver.others) if peer != driver.node_id]
+        await cluster.await_nodes(run_id, others)
+        raised = await bring_back(
+            cluster,
+            self._memory.known(driver.iteration),
+            self._parts.ledgers,
+            driver.node_id,
+            driver.places,
+            self._left_out,
+        )
+        await cluster.nodes_are_back(run_id, (driver.node_id, *self._parts.ledgers.inherited))
+        if raised is not Raised.NEWER:
+            await cluster.offer_hyper_parameters(hyper_parameters(driver.settings))
+            await cluster.offer_model_info(model_info.describe(driver.models.newest_image.layout))
+        return raised
+
+    def _left_out(self, ledger_id: str, epoch: Epoch, why: LeftOut) -> None:
+        """Take notice of a ledger that Redis does not take back; what is lost with it is told once."""
+        if why.updates and (ledger_id, epoch) not in self._told:
+            self._told.add((ledger_id, epoch))
+            self._parts.reporter.left_out(
+                epoch.iteration,
+                self._driver.iteration.attempt,
+                why.updates,
+                why.rebased,
+                self._driver.node_id,
+            )

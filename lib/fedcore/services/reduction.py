@@ -28,7 +28,7 @@ from fedcore.services.ledgers import Ledgers
 from fedcore.services.peers import PeerReplaced, Peers
 from fedcore.services.update_intake import UpdateIntake
 from fedcore.store.cluster_state import ClusterState
-from fedcore.store.keys import REVOKED
+from fedcore.store.keys import DOUBT_S, REVOKED
 from fedcore.wire.arrays import all_finite
 from fedcore.wire.image import ImageTemplate, ModelImage
 from fedcore.wire.node_messages import PartialOffer
@@ -105,6 +105,9 @@ class Reduction:
         self._spans = Spans(template.layout)
         self._reactor = reactor
         self._sum: _Sum | None = None
+        self._short: tuple[tuple[str, int, int], float] | None = (
+            None  # which attempt is below the quorum, since when
+        )
         self._complained: set[tuple[str, int, int]] = set()  # peers that offered nothing, in which attempt
 
     @property
@@ -114,8 +117,12 @@ class Reduction:
 
     def forget(self) -> None:
         """Drop the sum under way."""
-        self._sum = None
+        self._sum = self._short = None
         self._complained.clear()
+
+    def be_patient(self) -> None:
+        """Begin anew to wait for updates that Redis does not count: those who are not back yet may have them."""
+        self._short = None
 
     async def reduce(
         self,
@@ -163,12 +170,21 @@ class Reduction:
             return None  # they bring back what Redis has forgotten, or the doubt ends
         held = {ledger_id for ledger_id, source in sources.items() if source.updates} | self.had
         if not counted.keys() <= held:
-            return self._short(sources, counted, now)
+            return self._missed(sources, counted, now)
         if len(uploads) < quorum:
-            return None if everybody else core.ReductionFailed(core.status_lost(number))
+            lasting = self._is_short((cluster.keys.instance, number, now.attempt))
+            return core.ReductionFailed(core.status_lost(number)) if lasting and not everybody else None
+        self._short = None
         return await self._add_all(cluster, now, epoch, previous, sources, counted)
 
-    def _short(
+    def _is_short(self, attempt: tuple[str, int, int]) -> bool:
+        """Tell whether an attempt has been below the quorum for DOUBT_S, as a sealed one is after a loss of data."""
+        now = self._reactor.seconds()
+        if self._short is None or self._short[0] != attempt:
+            self._short = attempt, now
+        return bool(now - self._short[1] >= DOUBT_S)
+
+    def _missed(
         self, sources: Mapping[str, _Source], counted: Mapping[str, set[str]], now: Iteration
     ) -> core.UpdatesLost | None:
         """Tell ledgers that turned out empty from those that nobody offers at present."""

@@ -148,6 +148,22 @@ class Reporter:
                     "a callback failed at the end of iteration {iteration}", iteration=end.number
                 )
 
+    def left_out(self, number: int, attempt: int, updates: int, rebased: bool, node_id: str) -> None:
+        """Tell that updates of this server came back after a loss of Redis' data, and were not taken."""
+        if rebased:
+            reason = "since Redis lost data, the iteration goes on from another model than theirs"
+        else:
+            reason = "they came back too late after Redis had lost data"
+        self._metrics.updates_lost.inc(updates)
+        self._journal.updates_lost(number, attempt, updates, node_id, reason)
+        self.log.error(
+            "{updates} accepted updates of iteration {iteration} are lost: {reason}",
+            updates=updates,
+            iteration=number,
+            attempt=attempt,
+            reason=reason,
+        )
+
     def lost(self, number: int, attempt: int, updates: int, owner: str) -> None:
         """Tell that counted updates are lost."""
         self._metrics.updates_lost.inc(updates)

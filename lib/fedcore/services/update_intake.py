@@ -69,6 +69,7 @@ class UpdateIntake(Service):
         self._reactor = reactor
         self._epoch: Epoch | None = None
         self._attempt = 1
+        self._begun_in: Ledger | None = None  # the ledger that takes the updates of the epoch
         self._next: Epoch | None = None  # to begin once the merge under way has ended
         self._waiting: deque[defer.Deferred[Slot]] = deque()
         self._asking: set[object] = set()  # one token per question that the shared state has not answered yet
@@ -164,6 +165,9 @@ class UpdateIntake(Service):
         settled by asking again. A lost reply leaves open whether the update counts: the question is repeated until
         it is answered; the shared state answers a repeat as it did before, and ``seal`` waits meanwhile.
 
+        A body in a slot of a ledger that is not this server's any more moves into the present one; ``slot`` names
+        its new place then.
+
         Returns:
             The outcome, and the count of accepted updates where it is ACCEPTED.
 
@@ -173,34 +177,63 @@ class UpdateIntake(Service):
         question = object()
         self._asking.add(question)
         try:
-            ledger = await self._ledger_of(number, attempt)
-            epoch = self._epoch
-            if not ledger.owns(slot):
-                raise LedgerRevoked("the ledger that received this body is not this server's any more")
-            fl_id = request.fl_id or ""
-            if fit and not ledger.holds(fl_id):
-                ledger.record(slot, fl_id, request.upload_loss, request.upload_accuracy)
-                await self._on_disk(ledger)
-            acceptance, count, meta = await self._ask(
-                request, cluster, ledger, number, attempt, quorum, fit, epoch
-            )
-            if meta is None:
-                return acceptance, count
-            if self._epoch != epoch:
-                raise IterationMoved(0 if self._epoch is None else self._epoch.iteration)
-            if not fit or ledger.holds(fl_id):
-                # Counted before. If this ledger does not hold it yet, the question that brought it is still open.
-                return Acceptance.REPEATED, count
-            ledger.accept(slot, update_of(request, meta.data_size, meta.eval_data_size))
-            self._merge()
-            with contextlib.suppress(
-                StoreUnavailable
-            ):  # it counts; a new connection begins with what is in ledgers
-                await cluster.redis.replicated(REPLICATION_MS)
-            return acceptance, count
+            while True:
+                ledger = await self._ledger_of(number, attempt)
+                if not ledger.owns(slot):
+                    self._move(slot, ledger)
+                try:
+                    return await self._count(
+                        slot, request, cluster, ledger, number, attempt, quorum=quorum, fit=fit
+                    )
+                except LedgerRevoked:
+                    if self._sealing or self._ledgers.own in (ledger, None):
+                        raise
         finally:
             self._asking.remove(question)
             self._settle()
+
+    def _move(self, slot: Slot, ledger: Ledger) -> None:
+        """Give a complete body that lies in a lost ledger a slot of the present one."""
+        room = ledger.receive()
+        if room is None:
+            raise LedgerRevoked("the ledger that received this body is not this server's any more")
+        room.buffer[: slot.length] = slot.body
+        slot.number, slot.buffer, slot.ledger_id = room.number, room.buffer, room.ledger_id
+
+    async def _count(
+        self,
+        slot: Slot,
+        request: RequestUpdateModel,
+        cluster: ClusterState,
+        ledger: Ledger,
+        number: int,
+        attempt: int,
+        *,
+        quorum: int,
+        fit: bool,
+    ) -> tuple[Acceptance, int]:
+        """Have an update counted in a ledger, see ``accept``."""
+        epoch, fl_id = self._epoch, request.fl_id or ""
+        if fit and not ledger.holds(fl_id):
+            ledger.record(slot, fl_id, request.upload_loss, request.upload_accuracy)
+            await self._on_disk(ledger)
+        acceptance, count, meta = await self._ask(
+            request, cluster, ledger, number, attempt, quorum, fit, epoch
+        )
+        if meta is None:
+            return acceptance, count
+        if self._epoch != epoch:
+            raise IterationMoved(0 if self._epoch is None else self._epoch.iteration)
+        if not fit or ledger.holds(fl_id):
+            # Counted before. If this ledger does not hold it yet, the question that brought it is still open.
+            return Acceptance.REPEATED, count
+        ledger.accept(slot, update_of(request, meta.data_size, meta.eval_data_size))
+        self._merge()
+        with contextlib.suppress(
+            StoreUnavailable
+        ):  # it counts; a new connection begins with what is in ledgers
+            await cluster.redis.replicated(REPLICATION_MS)
+        return acceptance, count
 
     async def _ledger_of(self, number: int, attempt: int) -> Ledger:
         """Return the own ledger once it serves an iteration."""
@@ -289,6 +322,11 @@ class UpdateIntake(Service):
         if not self._merging:
             self._begin()
 
+    def holds(self, epoch: Epoch) -> bool:
+        """Tell whether the own ledger takes, and may hold, updates of this very epoch: then it can go on."""
+        begun, own = self._begun_in, self._ledgers.own
+        return self._next is None and self._epoch == epoch and own is not None and own is begun
+
     def resume(self, attempt: int) -> None:
         """Take updates again, in another attempt of the same iteration; the sums stay."""
         self._attempt, self._sealing = attempt, False
@@ -301,10 +339,12 @@ class UpdateIntake(Service):
         epoch, self._next = self._next, None
         assert epoch is not None
         self._epoch, self._fault, self._sealing = epoch, None, False
+        self._begun_in = None
         self._ledgers.begin(epoch)
         try:
             if ledger is not None:
                 ledger.begin(epoch)
+            self._begun_in = ledger
         except (
             Exception
         ) as error:  # a full or broken disk; whatever it is, nothing may wait for this for ever

@@ -7,8 +7,8 @@ connection is StoreUnavailable; a state that is not there is None or StateMissin
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -33,6 +33,24 @@ class IterationMoved(StoreError):
         self.number = number
 
 
+class LeftOut(IterationMoved):
+    """Redis does not take back what a ledger holds: the iteration has gone on without it, or from another model.
+
+    Attributes:
+        updates: how many of the ledger's clients have no update that is counted; 0 if Redis does not know any more.
+        rebased: whether the iteration is the caller's, but its clients train from another model than the ledger's.
+    """
+
+    def __init__(self, updates: int, rebased: bool) -> None:
+        super().__init__(0)
+        self.updates = updates
+        self.rebased = rebased
+
+
+class OthersAwaited(StoreError):
+    """Redis has lost data, and another server may hold the client's update already: ask again soon."""
+
+
 class LedgerRevoked(StoreError):
     """The shared state says that the caller's ledger belongs to another server, or to none."""
 
@@ -54,6 +72,7 @@ class Snapshot:
         epoch: how many instances the job had before this one.
         success: whether the previous iteration was valid.
         result: why it ended.
+        clock: when that was, seconds by Redis' clock.
     """
 
     iteration: Iteration
@@ -64,6 +83,7 @@ class Snapshot:
     epoch: int
     success: bool
     result: str
+    clock: float = field(default=0.0, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,14 +214,15 @@ class ClusterState:
             arguments.append("" if ago is None else int(ago * 1000))
         arguments += ["lastIterationSuccess", int(known.success), "lastIterationResult", known.result]
         arguments += ["runningState", int(now.running), "base", now.base, "lost", now.lost]
-        for field, value in (("token", now.token), ("digest", now.digest)):
-            arguments += [field, value] if value else []
+        for name, value in (("token", now.token), ("digest", now.digest)):
+            arguments += [name, value] if value else []
+        arguments += ["updates", now.uploaded] if now.phase is Phase.CANDIDATE else []
         arguments += ["disabled", 1] if now.interrupted else []
         names = [keys.instance_name(self.keys.fl_name), self.keys.status]
         return Raised((await self.redis.script("raise_status", names, arguments)).decode())
 
     async def restore_clients(
-        self, number: int, ledger_id: str, node_id: str, clients: Mapping[str, ClientMeta]
+        self, number: int, ledger_id: str, node_id: str, clients: Mapping[str, ClientMeta], base: str = ""
     ) -> int | None:
         """Bring back clients of an iteration, and the updates that a ledger holds, where Redis has forgotten them.
 
@@ -210,20 +231,47 @@ class ClusterState:
             ledger_id: the ledger, "" for clients that have only a place.
             node_id: owner of the ledger.
             clients: client key -> what it declared.
+            base: digest of the model that they train from, "" if nobody said.
 
         Returns:
             How many updates Redis had forgotten; None if the ledger may not be used any more.
 
         Raises:
-            IterationMoved: Redis is in another iteration.
+            LeftOut: Redis is in another iteration, has its model, or names another model to train from.
         """
-        names = [self.keys.status, self.keys.clients(number), self.keys.uploads(number), self.keys.ledgers]
+        names = [self.keys.status, self.keys.clients(number), self.keys.uploads(number)]
+        names += [self.keys.ledgers, self.keys.revoked]
         pairs = [part for key, meta in clients.items() for part in (key, meta.pack())]
-        arguments: list[Argument] = [number, ledger_id, node_id, self._iteration_ttl, self._job_ttl, *pairs]
-        word, restored = await self.redis.script("restore_clients", names, arguments)
-        if word == b"closed":
-            raise IterationMoved(0)
-        return None if word == b"revoked" else int(restored)
+        arguments: list[Argument] = [
+            number,
+            ledger_id,
+            node_id,
+            self._iteration_ttl,
+            base,
+            *pairs,
+        ]
+        word, updates = await self.redis.script("restore_clients", names, arguments)
+        if word in (b"closed", b"rebased"):
+            raise LeftOut(int(updates), word == b"rebased")
+        return None if word == b"revoked" else int(updates)
+
+    async def await_nodes(self, run_id: str, node_ids: Sequence[str]) -> None:
+        """Have no update counted until others have brought back what this Redis has forgotten, or HOLD_OFF_S are over.
+
+        Args:
+            run_id: of this Redis.
+            node_ids: the others that may hold updates; those that are back already are not awaited.
+        """
+        if node_ids:
+            await self.redis.script(
+                "await_nodes", [self.keys.awaited(run_id)], [keys.AWAITED_TTL_S, *node_ids]
+            )
+
+    async def nodes_are_back(self, run_id: str, node_ids: Iterable[str]) -> None:
+        """Say that servers have brought back to this Redis what they know."""
+        pairs: list[Argument] = [part for node_id in node_ids for part in (node_id, "back")]
+        await self.redis.command("HSET", self.keys.awaited(run_id), *pairs)
+        await self.redis.command("EXPIRE", self.keys.awaited(run_id), keys.AWAITED_TTL_S)
 
     async def select_client(
         self, number: int, fl_id: str, meta: ClientMeta, *, places: int, fit: bool, reserve: Reserve
@@ -293,6 +341,7 @@ class ClusterState:
             IterationMoved: nothing is accepted in that iteration and attempt now.
             LedgerRevoked: the ledger belongs to another server.
             LeaseLapsed: the server's heartbeat has run out.
+            OthersAwaited: Redis has lost data, and not everybody has brought back yet what it knows.
             StateMissing: Redis holds no state.
         """
         names = [
@@ -303,6 +352,7 @@ class ClusterState:
             self.keys.ledgers,
             self.keys.heartbeat("server", node_id),
             keys.instance_name(self.keys.fl_name),
+            self.keys.awaited(self.redis.run_id),
         ]
         arguments: list[Argument] = [
             number,
@@ -315,6 +365,7 @@ class ClusterState:
             self._iteration_ttl,
             node_id,
             self.keys.instance,
+            int(keys.HOLD_OFF_S * 1000),
         ]
         word, count, text = await self.redis.script("accept_upload", names, arguments)
         self._raise_if_elsewhere(word, count)
@@ -421,7 +472,8 @@ class ClusterState:
         Returns:
             How many updates were lost with them; None if the state is another one.
         """
-        names = [self.keys.status, self.keys.clients(number), self.keys.uploads(number), self.keys.ledgers]
+        names = [self.keys.status, self.keys.clients(number), self.keys.uploads(number)]
+        names += [self.keys.ledgers, self.keys.revoked]
         arguments: list[Argument] = [
             self._channel,
             number,
@@ -544,6 +596,8 @@ class ClusterState:
             raise IterationMoved(int(number))
         if word == b"revoked":
             raise LedgerRevoked("the ledger belongs to another server")
+        if word == b"awaited":
+            raise OthersAwaited("other servers are to bring back first what Redis has lost")
         if word == b"lapsed":
             raise LeaseLapsed("the server's heartbeat has run out")
 
@@ -583,4 +637,5 @@ def _snapshot(answer: Sequence[bytes | int]) -> Snapshot:
         int(text("epoch", "0")),
         text("lastIterationSuccess") == "1",
         text("lastIterationResult"),
+        now_ms / 1000,
     )

@@ -1,7 +1,8 @@
 """Every Redis key: its name, type, lifetime and writer.
 
     key                                             type    lifetime   content, writer
-    ms_fl:{fl}:InstanceName:String                  string  job        instance name; first server, scheduler
+    ms_fl:{fl}:InstanceName:String                  string  job        instance name; first server, scheduler,
+                                                                       raise_status after a loss of data
     P status:Hash                                   hash    job        state of job and iteration; scripts
     P hyperParams:String                            string  job        JSON of the hyper-parameters; first server
     P server:Hash                                   hash    job        node id -> ip:port; each server
@@ -10,8 +11,11 @@
     ms_fl:{fl}:ModelInfo:String                     string  job        names and sizes of the weights; first server
     P waiting:ZSet                                  zset    as needed  refused client -> when it is told to return (ms)
     P ledgers:Hash                                  hash    job        ledger id -> node id of its owner, or "revoked"
+    P revoked:Hash                                  hash    job        ledger that was given up -> in which iteration
     I clients:Hash                                  hash    iteration  client -> "data_size,eval_data_size,start_ms"
     I uploads:Hash                                  hash    iteration  client -> id of the ledger that holds its update
+    P {run}:awaited:Hash                            hash    1 h        node id -> since when (ms) it may bring back what
+                                                                       the Redis of this run id has lost, or "back"
     ms_fl:{fl}:changes                              channel -          a word when others should look; scripts
 
 with P = ms_fl:{fl}:{instance}: and I = P{iteration}:. The names down to worker:Hash, and ModelInfo, are those that
@@ -20,10 +24,11 @@ the workers and schedulers of MindSpore Federated 0.1 read; the others are fedco
 
 Fields of status:Hash. Theirs: iterationNum, lastIterationSuccess ("0"/"1"), lastIterationResult, runningState.
 Ours: attempt, phase, token (of the finaliser, see claim_reduction.lua), fence (number of the last token), digest (of
-the candidate model), base (digest of the model that devices train from), lost (updates of this iteration that were
-counted and then lost), disabled ("1" once a disabled job's iteration was ended), epoch (how many instances the job had
-before), and startedMs, firstUploadMs, sealedMs (of this iteration, by Redis' clock). A status that was written by the
-original lacks ours, and runningState may be missing: it then counts as running, collecting, in its first attempt.
+the candidate model), updates (in it), base (digest of the model that devices train from), lost (updates of this
+iteration that were counted and then lost), disabled ("1" once a disabled job's iteration was ended), epoch (how many
+instances the job had before), and startedMs, firstUploadMs, sealedMs (of this iteration, by Redis' clock). A status
+that was written by the original lacks ours, and runningState may be missing: it then counts as running, collecting, in
+its first attempt.
 """
 
 from __future__ import annotations
@@ -31,6 +36,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 HEARTBEAT_TTL_S = 10
+DOUBT_S = 10.0  # how long after a loss of data others may still bring back what they hold
+HOLD_OFF_S = 1.5  # for so long no update is counted meanwhile; they need less, unless they stand still
+AWAITED_TTL_S = 3_600
 REVOKED = "revoked"  # owner of a ledger whose updates were given up
 RELEASE_TTL_S = 60  # an ended iteration's clients and uploads still answer late repeats for this long
 _WEEK_S = 604_800
@@ -93,6 +101,15 @@ class InstanceKeys:
     def ledgers(self) -> str:
         """Owners of the ledgers."""
         return f"{self.prefix}ledgers:Hash"
+
+    @property
+    def revoked(self) -> str:
+        """Ledgers that were given up, with all their updates."""
+        return f"{self.prefix}revoked:Hash"
+
+    def awaited(self, run_id: str) -> str:
+        """Servers that may bring back what the Redis with this run id has forgotten."""
+        return f"{self.prefix}{run_id}:awaited:Hash"
 
     def nodes(self, role: str) -> str:
         """Nodes of a role (``server`` or ``worker``)."""

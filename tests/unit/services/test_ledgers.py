@@ -22,7 +22,7 @@ from fedcore.ledger.layout import Damaged, Epoch, Shape
 from fedcore.ledger.ledger import Ledger, Partial, Update
 from fedcore.services.ledgers import Ledgers, Whereabouts
 from fedcore.services.update_intake import UpdateIntake
-from fedcore.store.cluster_state import ClientMeta, IterationMoved, LedgerRevoked
+from fedcore.store.cluster_state import ClientMeta, LeftOut
 from fedcore.store.keys import REVOKED
 from fedcore.wire import codec
 from fedcore.wire.arrays import Layout, Weight
@@ -44,11 +44,16 @@ class Shared:
         self.uploads: dict[str, str] = {}
         self.restored: list[tuple[str, set[str]]] = []  # ledger id, client keys
         self.away = False
+        self.living: set[str] = set()
+        self.left_out: LeftOut | None = None
         self.before_counted: Callable[[], None] = lambda: None
         self.redis = self
 
     async def ledger_owner(self, ledger_id: str) -> str:
         return self.owners.get(ledger_id, "")
+
+    async def is_alive(self, role: str, node_id: str) -> bool:
+        return node_id in self.living
 
     async def own_ledger(self, ledger_id: str, node_id: str, before: str = "") -> bool:
         if self.owners.get(ledger_id, "") not in (node_id, before):
@@ -69,10 +74,11 @@ class Shared:
         return True
 
     async def restore_clients(
-        self, number: int, ledger_id: str, node_id: str, clients: Mapping[str, ClientMeta]
+        self, number: int, ledger_id: str, node_id: str, clients: Mapping[str, ClientMeta], base: str = ""
     ) -> int:
-        if number != EPOCH.iteration:
-            raise IterationMoved(0)
+        if self.left_out is not None:
+            raise self.left_out
+        assert (number, base) == (EPOCH.iteration, EPOCH.base)
         self.restored.append((ledger_id, set(clients)))
         return 0
 
@@ -285,18 +291,56 @@ class TestOwners:
         assert (ledgers.adopted, ledger_files(tmp_path)) == ({}, [])
         assert shared.owners[dead.ledger.id] == REVOKED
 
-    @pytest.mark.parametrize(("host", "left"), [("10.0.0.1", 1), ("10.0.0.2", 0)])
-    def test_one_that_was_handed_to_another_host_is_removed(
-        self, tmp_path: Path, shared: Shared, ledgers: Ledgers, host: str, left: int
+    ME = "10.0.0.1:7777::2022-11-22-10:00:00.001.002::12345"
+
+    @pytest.mark.parametrize("lives", [True, False])
+    @pytest.mark.parametrize("host", ["10.0.0.1", "10.0.0.2"])
+    def test_one_of_another_host_is_adopted_once_its_owner_does_not_live(
+        self, tmp_path: Path, shared: Shared, ledgers: Ledgers, host: str, lives: bool
     ) -> None:
+        """It was handed over, or this host has had another address; the lock of its file is free."""
         dead = Dead(tmp_path, shared)
         dead.upload("a", 1.0)
         dead.die()
         shared.owners[dead.ledger.id] = owner = f"{host}:6666::2022-11-22-10:00:00.001.002::69383"
-        me = "10.0.0.1:7777::2022-11-22-10:00:00.001.002::12345"
-        adopted = result_of(ledgers.adopt(shared, EPOCH, me))  # type: ignore[arg-type]
-        assert (adopted, len(ledger_files(tmp_path))) == ([dead.ledger.id] * left, left)
-        assert shared.owners[dead.ledger.id] == (me if left else owner)
+        shared.living = {owner} if lives else set()
+        waits = lives and host == "10.0.0.2"
+        for _ in range(2):
+            adopted = result_of(ledgers.adopt(shared, EPOCH, self.ME))  # type: ignore[arg-type]
+            assert ledger_files(tmp_path) == [dead.file.path]
+            if waits:
+                assert (adopted, shared.owners[dead.ledger.id]) == ([], owner)
+                assert ledgers.locate(dead.ledger.id) is Whereabouts.HELD
+            else:
+                assert (list(ledgers.adopted), shared.owners[dead.ledger.id]) == ([dead.ledger.id], self.ME)
+        shared.living.clear()
+        result_of(ledgers.adopt(shared, EPOCH, self.ME))  # type: ignore[arg-type]
+        assert ledgers.adopted[dead.ledger.id].totals.count == 1
+
+    def test_a_copy_that_was_not_removed_goes_with_its_iteration(
+        self, tmp_path: Path, shared: Shared, ledgers: Ledgers
+    ) -> None:
+        dead = Dead(tmp_path, shared)
+        dead.upload("a", 1.0)
+        dead.die()
+        shared.owners[dead.ledger.id] = GIVER
+        shared.living = {GIVER}
+        result_of(ledgers.adopt(shared, EPOCH, self.ME))  # type: ignore[arg-type]
+        ledgers.begin(NEXT)
+        result_of(ledgers.adopt(shared, NEXT, self.ME))  # type: ignore[arg-type]
+        assert (ledger_files(tmp_path), shared.owners[dead.ledger.id]) == ([], GIVER)
+
+    def test_what_the_shared_state_does_not_take_back_is_told(
+        self, tmp_path: Path, shared: Shared, ledgers: Ledgers
+    ) -> None:
+        told: list[Any] = []
+        ledgers.on_left_out = lambda *news: told.append(news)
+        dead = Dead(tmp_path, shared)
+        dead.upload("a", 1.0)
+        dead.die()
+        shared.left_out = LeftOut(1, rebased=False)
+        adopt(ledgers, shared)
+        assert told == [(dead.ledger.id, EPOCH, shared.left_out)]
 
     def test_what_is_gone_is_taken_off_the_list(
         self, tmp_path: Path, shared: Shared, ledgers: Ledgers
@@ -347,10 +391,10 @@ class TestWhereabouts:
         (tmp_path / "folder.ledger").mkdir()
         assert ledgers.locate("00" * 16) is Whereabouts.ABSENT
 
-    def test_which_iteration_the_own_one_serves(self, ledgers: Ledgers) -> None:
-        assert (ledgers.serves(5), ledgers.serves(6)) == (True, False)
+    def test_what_they_hold_updates_of(self, ledgers: Ledgers) -> None:
+        assert ledgers.epoch == EPOCH
         ledgers.begin(NEXT)
-        assert (ledgers.serves(5), ledgers.serves(6)) == (False, True)
+        assert ledgers.epoch == NEXT
 
 
 class TestRoomForMore:
@@ -546,12 +590,14 @@ class TestOnADisk:
             result_of(upload)
         assert ledger.idle
 
-    def test_a_slot_of_a_revoked_ledger_is_not_taken_for_one_of_the_next(self) -> None:
+    def test_a_body_in_a_slot_of_a_lost_ledger_moves_into_the_next(self) -> None:
         slot = self.intake.receive(100)
         self.ledgers.discard()
         assert self.ledgers.open()
         self.intake.begin(EPOCH)
         request = request_of("a", 1.0)
         accepting = self.intake.accept(slot, request, self.shared, 5, 1, quorum=8, fit=True)  # type: ignore[arg-type]
-        with pytest.raises(LedgerRevoked):
-            result_of(accepting)
+        uploaded = defer.Deferred.fromCoroutine(accepting)
+        self.reactor.work()
+        assert result_of(uploaded) == (Acceptance.ACCEPTED, 1)
+        assert self.ledgers.own is not None and self.ledgers.own.owns(slot) and self.ledgers.own.holds("a")

@@ -23,7 +23,7 @@ from fedcore.ledger.copy import PartialCopy
 from fedcore.ledger.layout import Damaged
 from fedcore.net.node_client import PeerRefused, PeerTimeout, PeerUnreachable
 from fedcore.net.node_listener import Request
-from fedcore.services.ledgers import Whereabouts
+from fedcore.services.ledgers import Closed, Whereabouts
 from fedcore.services.node_api import NodeApi
 from fedcore.services.peers import Peers, offer_of
 from fedcore.wire import codec
@@ -325,7 +325,7 @@ class TestHandOver:
         in_the_middle(pair.job, 0)
         pair.job.moves(12)
         partial = pair.outcome(pair.a.intake.seal(2, 1))
-        pair.a.driver.stopping_partials = [partial]
+        pair.a.driver.stopping = Closed(("i_001", 2, 1), [partial])
         return partial, pair.peers
 
     def test_a_sum_changes_hands(self, pair: Pair) -> None:
@@ -349,10 +349,21 @@ class TestHandOver:
     def test_a_sum_that_cannot_be_read_leaves_no_file(self, pair: Pair) -> None:
         partial, peers = self.giving(pair)
         before = set(pair.b.host.ledgers.iterdir())
-        pair.a.driver.stopping_partials = []
+        pair.a.driver.stopping = Closed(("i_001", 2, 1), [])
         with pytest.raises(PeerRefused):
             pair.outcome(peers.hand_over(pair.b.node_id, partial, "i_001", 1))
         assert set(pair.b.host.ledgers.iterdir()) == before
+
+    @pytest.mark.parametrize("where", [("i_001", 2, 1), ("i_000", 2, 1), ("i_001", 2, 2), ("i_001", 1, 1)])
+    def test_a_sum_is_shown_only_where_it_was_sealed(self, pair: Pair, where: tuple[str, int, int]) -> None:
+        """In that instance, iteration and attempt; in others the ledger is looked at again."""
+        pair.until_sealed()
+        held = pair.outcome(pair.b.intake.seal(2, 1))
+        pair.b.driver.stopping = Closed(where, [replace(held, ledger_id="ab" * 16)])
+        asked = messages.pack(messages.SealPartials("i_001", 2, 1))
+        offers = messages.unpack_offers(pair.asked(Command.SEAL_PARTIAL, asked, sender=pair.a.node_id).data)
+        shown = {offer.ledger for offer in offers}
+        assert shown == ({"ab" * 16} if where == ("i_001", 2, 1) else {own(pair.b)})
 
     def test_a_ledger_that_is_not_the_givers_is_not_kept(self, pair: Pair) -> None:
         partial, peers = self.giving(pair)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from model.cluster import Status
 from model.server_in_memory import PromptRedis, RecordedStore
-from twisted.internet import defer
+from twisted.internet import defer, task
 from twisted.logger import globalLogPublisher
 
 from fedcore.core.iteration import Iteration, Phase
-from fedcore.services.recovery import bring_back
-from fedcore.store.cluster_state import ClientMeta, ClusterState, Raised, Snapshot
+from fedcore.ledger.layout import Epoch
+from fedcore.services.recovery import DOUBT_S, JUMP_S, Memory, Moment, bring_back, placed
+from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Raised, Snapshot
 
 ME = "10.0.0.1:6000::2026-01-01-00:00:00.000.000::10001"
 KNOWN = Snapshot(
@@ -45,11 +48,14 @@ class InHand:
     adopted: dict[str, Held] = field(default_factory=dict)
     own: Own | None = None
     number: int = 5
+    base: str = "b5"
+    instance: str = "i_1"
 
     claimed: list[str] = field(default_factory=list)
 
-    def serves(self, number: int) -> bool:
-        return number == self.number
+    @property
+    def epoch(self) -> Epoch:
+        return Epoch(self.instance, self.number, self.base)
 
     async def claim_again(self, cluster: object, ledger_id: str, node_id: str) -> None:
         self.claimed.append(ledger_id)
@@ -176,3 +182,124 @@ def test_a_candidate_and_its_finaliser_are_there_again(store: RecordedStore) -> 
         "d",
         99_000,
     )
+
+
+def test_each_ledger_that_redis_does_not_take_back_is_told(store: RecordedStore) -> None:
+    """One that is left out keeps none of the others back."""
+    answers: dict[str, int | LeftOut] = {"": 0, "adopted": LeftOut(2, rebased=False), "own": 1}
+    bases: set[str] = set()
+
+    class Shared(ClusterState):
+        async def restore_clients(
+            self,
+            number: int,
+            ledger_id: str,
+            node_id: str,
+            clients: Mapping[str, ClientMeta],
+            base: str = "",
+        ) -> int | None:
+            bases.add(base)
+            answer = answers[ledger_id]
+            if isinstance(answer, LeftOut):
+                raise answer
+            return answer
+
+    ledgers: Any = InHand({"adopted": Held(5, (b"\2", b"\3"))}, Own("own", {b"\1": 6}), base="another")
+    told: list[Any] = []
+    redis: Any = PromptRedis(store)
+    shared = Shared(redis, "job", "i_1", 20_000)
+    result_of(bring_back(shared, KNOWN, ledgers, ME, {"c": META}, lambda *news: told.append(news)))
+    assert told == [("adopted", ledgers.epoch, answers["adopted"])]
+    assert bases == {"another"}, "what the ledgers' updates were trained from, not what is to come"
+
+
+def test_what_is_of_another_instance_is_not_told(store: RecordedStore) -> None:
+    """Both may be at the same number."""
+    told(store, InHand(own=Own("own", {b"\1": 6}), instance="i_0"), {"c": META})
+    assert not store.at("i_1").owners and not any(store.at("i_1").clients.values())
+
+
+def test_places_of_the_iteration_before_are_not_given_in_the_next(store: RecordedStore) -> None:
+    told(store, InHand(number=4), {"c": META})
+    assert not any(store.at("i_1").clients.values())
+
+
+class TestClocks:
+    """Redis' clock may be set, this server's may not."""
+
+    moments = st.floats(0, 1e9)
+    seconds = st.floats(0, 1e5)
+
+    @given(moments, seconds, st.floats(-1e6, 1e6), seconds)
+    def test_a_moment_stays_however_redis_clock_is_set(
+        self, happened: float, ago: float, jump: float, later: float
+    ) -> None:
+        now = 1e6
+        clock = happened + ago
+        first = placed(None, happened, clock, now, now)
+        again = placed(first, happened, clock + later + jump, now + later, now + later)
+        assert again.here == pytest.approx(first.here, abs=JUMP_S + 1e-3)
+
+    @given(moments, seconds, seconds)
+    def test_without_a_jump_redis_clock_is_followed(self, happened: float, ago: float, later: float) -> None:
+        now = 1e6
+        first = placed(None, happened, happened + ago, now, now)
+        drift = JUMP_S / 2
+        again = placed(first, happened, happened + ago + later + drift, now + later, now + later)
+        assert again.here == pytest.approx(first.here - drift, abs=1e-3)
+
+    @pytest.mark.parametrize(
+        ("known", "by_redis", "clock", "asked", "here"),
+        [
+            (None, 990, 1000, 100, 90),  # news
+            (Moment(990, 90), 990, 1000, 100, 90),  # the same again
+            (Moment(990, 90), 990, 4600, 100, 90),  # the clock was set forward
+            (Moment(990, 90), 990, 500, 100, 90),  # and back
+            (Moment(990, 90), 4590, 4600, 100, 90),  # another moment: only Redis can say
+            (Moment(990, 90), 480, 500, 100, 80),
+            (Moment(990, 95, sure=False), 990, 1000, 100, 90),  # what was not sure is put right
+            (None, 1010, 1000, 100, 100),  # nothing happens in the future
+        ],
+    )
+    def test_when_it_was_here(
+        self, known: Moment | None, by_redis: float, clock: float, asked: float, here: float
+    ) -> None:
+        assert placed(known, by_redis, clock, asked, 100).here == here
+
+    def test_what_was_asked_long_ago_is_not_sure(self) -> None:
+        assert not placed(None, 990, 1000, 100 - JUMP_S - 1, 100).sure
+        assert placed(None, 990, 1000, 100 - JUMP_S, 100).sure
+
+    def test_a_memory_keeps_the_moments_of_an_iteration(self) -> None:
+        clock = task.Clock()
+        clock.advance(100)
+        memory = Memory(clock)
+        look = Snapshot(Iteration(5, phase=Phase.SEALED), 10.0, 8.0, 1.0, 0, 0, True, "", 1000.0)
+        before = memory.localise(look)
+        assert (before.started, before.first_upload, memory.sealed_at) == (90, 92, 99)
+        clock.advance(2)
+        hour = 3600
+        jumped = replace(
+            look,
+            started_ago=12.0 + hour,
+            first_upload_ago=10.0 + hour,
+            sealed_ago=3.0 + hour,
+            clock=1002.0 + hour,
+        )
+        for _ in range(2):
+            assert memory.localise(jumped) == before
+            assert memory.sealed_at == 99
+        known = memory.known(replace(before, phase=Phase.SEALED))
+        assert (known.started_ago, known.first_upload_ago, known.sealed_ago) == (12, 10, 3)
+        after = memory.localise(
+            replace(jumped, iteration=Iteration(6), started_ago=0.5, first_upload_ago=None, sealed_ago=None)
+        )
+        assert (after.started, after.first_upload, memory.sealed_at) == (101.5, None, None)
+
+    def test_the_doubt_is_over_after_a_while(self) -> None:
+        clock = task.Clock()
+        memory = Memory(clock)
+        memory.begin_doubt(["b"])
+        assert memory.in_doubt(["a"]) == ["a", "b"]
+        clock.advance(DOUBT_S)
+        assert memory.in_doubt(["a"]) == []

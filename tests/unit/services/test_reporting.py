@@ -15,7 +15,7 @@ from twisted.logger import LogLevel, globalLogPublisher
 from fedcore.core.iteration import Iteration, Phase, Policy
 from fedcore.observe.journal import Journal
 from fedcore.observe.metrics import ServerMetrics
-from fedcore.services.reporting import IterationEnd, Reporter
+from fedcore.services.reporting import Course, IterationEnd, Reporter
 from fedcore.wire.arrays import Layout, Weight
 from fedcore.wire.image import ImageTemplate
 
@@ -136,3 +136,31 @@ def test_lost_updates_are_counted_logged_and_in_the_journal(told: Told) -> None:
     )
     (record,) = told.logged
     assert (record["log_level"], record["updates"], record["owner"]) == (LogLevel.error, 4, "10.0.0.9:1")
+
+
+@pytest.mark.parametrize(("rebased", "why"), [(True, "another model"), (False, "too late")])
+def test_updates_that_are_left_out(told: Told, rebased: bool, why: str) -> None:
+    told.reporter.left_out(3, 2, 7, rebased, "me")
+    assert told.metric("fl_updates_lost_total") == 7
+    line = told.file.read_text()
+    assert "Iteration 3 attempt 2 lost 7 accepted updates in the ledger of me" in line and why in line
+    assert told.logged[-1]["log_level"] is LogLevel.error
+    assert (told.logged[-1]["updates"], told.logged[-1]["iteration"]) == (7, 3)
+
+
+class TestCourse:
+    def test_of_an_iteration_that_made_a_model(self) -> None:
+        course = Course()
+        course.changed(Iteration(1), Iteration(1, selected=4, started=1.0), 4, 2.0)
+        course.uploaded(5.0)
+        assert course.filled == 2.0
+        course.changed(Iteration(1, selected=4, uploaded=3, started=1.0), Iteration(2), 4, 7.0)
+        assert (course.filled, course.updates_before, course.seconds_until(8.0)) == (None, 3, 7.0)
+        assert (course.end(True, 8.0), course.typical) == (3.0, 6.0)
+        assert course.end(True, 8.0) is None, "told once"
+
+    def test_of_one_that_made_none(self) -> None:
+        course = Course()
+        course.changed(Iteration(1), Iteration(2), 4, 7.0)
+        assert course.seconds_until(8.0) is None
+        assert (course.end(False, 8.0), course.typical) == (None, None)

@@ -430,6 +430,74 @@ class TestAccept:
             result_of(uploaded)
 
 
+class TestALedgerThatIsLost:
+    """Revoked, or taken over: a new one is opened, and bodies that are here already count in that."""
+
+    def lose(self, world: World, slots: int = SLOTS) -> Ledger:
+        """The driver drops the ledger and opens another."""
+        shape = Shape.of(LAYOUT, "job", clients=64, slots=slots, slot_size=64)
+        world.ledgers.own = fresh = Ledger.create(Tracing(shape.size), LAYOUT, shape)
+        world.intake.begin(epoch_of(5))
+        return fresh
+
+    def test_a_body_in_it_counts_in_the_next(self, world: World) -> None:
+        slot = world.complete(world.intake.receive(BODY))
+        fresh = self.lose(world)
+        uploaded = world.upload("a", 3.0, slot=slot)
+        assert world.shared.questions[0].asked[5] == fresh.id
+        world.shared.questions[0].answer(ACCEPTED)
+        assert result_of(uploaded) == (ACCEPTED, 1)
+        assert (fresh.owns(slot), fresh.free_slots) == (True, SLOTS - 1)
+        assert sums_of(result_of(world.seal())) == [3.0] * 4
+
+    def test_so_does_one_whose_question_was_open(self, world: World) -> None:
+        uploaded = world.upload("a", 3.0)
+        fresh = self.lose(world)
+        world.shared.questions[0].fail(LedgerRevoked("taken"))
+        assert world.shared.questions[1].asked[5] == fresh.id
+        world.shared.questions[1].answer(ACCEPTED)
+        assert result_of(uploaded) == (ACCEPTED, 1)
+        assert sums_of(result_of(world.seal())) == [3.0] * 4
+
+    def test_a_body_that_does_not_count_leaves_no_slot_taken(self, world: World) -> None:
+        slot = world.complete(world.intake.receive(BODY))
+        fresh = self.lose(world)
+        uploaded = world.upload("a", slot=slot)
+        world.shared.questions[0].answer(Acceptance.FULL)
+        assert result_of(uploaded)[0] is Acceptance.FULL
+        world.intake.release(slot)
+        assert fresh.free_slots == SLOTS
+
+    def test_where_there_is_no_room_the_caller_hears_it(self, world: World) -> None:
+        slot = world.complete(world.intake.receive(BODY))
+        fresh = self.lose(world)
+        while fresh.receive() is not None:
+            pass
+        with pytest.raises(LedgerRevoked):
+            result_of(world.upload("a", slot=slot))
+
+
+class TestGoingOn:
+    """What the own ledger holds of the very epoch that begins again is not to be emptied."""
+
+    def test_a_ledger_is_known_by_its_epoch(self, world: World) -> None:
+        assert world.intake.holds(epoch_of(5))
+        assert not world.intake.holds(epoch_of(6))
+
+    def test_a_new_ledger_holds_nothing_yet(self, world: World) -> None:
+        shape = world.ledger.shape
+        world.ledgers.own = Ledger.create(Tracing(shape.size), LAYOUT, shape)
+        assert not world.intake.holds(epoch_of(5))
+        world.ledgers.own = None
+        assert not world.intake.holds(epoch_of(5))
+
+    def test_one_that_is_about_to_begin_another_holds_nothing(self, threaded: World) -> None:
+        for fl_id in map(str, range(SLOTS)):
+            threaded.accepted(fl_id)
+        threaded.begin(6)
+        assert not threaded.intake.holds(epoch_of(5))
+
+
 class TestReplication:
     """An update that a replica of Redis has, too, survives a fail-over; one that none has, the ledger brings back."""
 

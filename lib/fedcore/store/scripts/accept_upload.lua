@@ -1,10 +1,12 @@
 -- Count an update, at most once, and never beyond the quorum. The only permission to answer 200.
 -- KEYS: status hash, clients hash, uploads hash (both of iteration ARGV[1]), uploads hash of the request's iteration,
---       ledgers hash, heartbeat of the server, name of the job's instance
+--       ledgers hash, heartbeat of the server, name of the job's instance, awaited hash of this Redis
 -- ARGV: the server's iteration, its attempt, the request's iteration, client, quorum, ledger id,
---       1 if the weights may count, lifetime in seconds, node id of the server, the server's instance
+--       1 if the weights may count, lifetime in seconds, node id of the server, the server's instance,
+--       milliseconds to wait for others
 -- Returns {word, number, text}: "missing" (or the job has another instance); "closed" (another iteration or attempt: number is the current iteration);
--- "revoked" (the ledger is not the server's), "lapsed" (the server's lease has run out);
+-- "revoked" (the ledger is not the server's), "lapsed" (the server's lease has run out); "awaited" (another server may
+-- hold this client's update already, and has not brought it back yet);
 -- "repeated" (text is the ledger that holds it), "full", "unknown", "other", "unfit", or "accepted" (number is the
 -- count, text the client's meta). A repeat by the same ledger is accepted again, even in a later attempt or while the job
 -- is disabled: its owner knows whether it has kept the update, or lost the first reply.
@@ -21,6 +23,14 @@ if number ~= ARGV[1] then return {'closed', tonumber(number), ''} end
 local count = redis.call('HLEN', KEYS[3])
 if holder then return {'accepted', count, redis.call('HGET', KEYS[2], ARGV[4])} end
 if (attempt or '1') ~= ARGV[2] or (state or '0') ~= '0' then return {'closed', tonumber(number), ''} end
+local awaited = redis.call('HVALS', KEYS[8])
+if #awaited > 0 then
+  local time = redis.call('TIME')
+  local now = time[1] * 1000 + math.floor(time[2] / 1000)
+  for _, since in ipairs(awaited) do
+    if since ~= 'back' and now - since < tonumber(ARGV[11]) then return {'awaited', 0, ''} end
+  end
+end
 if count >= tonumber(ARGV[5]) or (phase or 'collecting') ~= 'collecting' then return {'full', count, ''} end
 local meta = redis.call('HGET', KEYS[2], ARGV[4])
 if not meta then return {'unknown', count, ''} end

@@ -7,5 +7,5 @@ local number, attempt, phase, token, state =
 if number ~= ARGV[1] or (attempt or '1') ~= ARGV[2] or (state or '0') ~= '0' then return 0 end
 if phase ~= 'reducing' or token ~= ARGV[3] then return 0 end
 if redis.call('HLEN', KEYS[2]) ~= tonumber(ARGV[5]) then return 0 end
-redis.call('HSET', KEYS[1], 'phase', 'candidate', 'digest', ARGV[4])
+redis.call('HSET', KEYS[1], 'phase', 'candidate', 'digest', ARGV[4], 'updates', ARGV[5])
 return 1

@@ -1,9 +1,9 @@
 -- Undo the seal of an iteration that lost updates, or drop those that a collecting one lost: the clients of the lost
 -- ledgers are taken off, so that their places are free, and the next attempt begins. The clocks of the rounds stood
 -- still while the iteration was sealed.
--- KEYS: status hash, clients hash, uploads hash, ledgers hash
--- ARGV: channel for notices, iteration, attempt, expected phase, expected token, lifetime of the ledgers hash in seconds,
---       ledger id, ...
+-- KEYS: status hash, clients hash, uploads hash, ledgers hash, hash of all ledgers that were given up
+-- ARGV: channel for notices, iteration, attempt, expected phase, expected token, lifetime of the last two hashes in
+--       seconds, ledger id, ...
 -- Returns {1, updates lost}, or {0, 0} if the state is another one. The ledgers are revoked: nobody may use them again.
 local number, attempt, phase, token, state, sealed, started, first = unpack(redis.call('HMGET', KEYS[1], 'iterationNum',
   'attempt', 'phase', 'token', 'runningState', 'sealedMs', 'startedMs', 'firstUploadMs'))
@@ -14,8 +14,10 @@ local gone, lost = {}, 0
 for i = 7, #ARGV do
   gone[ARGV[i]] = true
   redis.call('HSET', KEYS[4], ARGV[i], 'revoked')
+  redis.call('HSET', KEYS[5], ARGV[i], number)
 end
 redis.call('EXPIRE', KEYS[4], ARGV[6])
+redis.call('EXPIRE', KEYS[5], ARGV[6])
 local uploads = redis.call('HGETALL', KEYS[3])
 for i = 1, #uploads, 2 do
   if gone[uploads[i + 1]] then
@@ -32,6 +34,6 @@ if sealed then
 end
 redis.call('HINCRBY', KEYS[1], 'lost', lost)
 redis.call('HSET', KEYS[1], 'attempt', ARGV[3] + 1, 'phase', 'collecting')
-redis.call('HDEL', KEYS[1], 'token', 'digest', 'sealedMs')
+redis.call('HDEL', KEYS[1], 'token', 'digest', 'updates', 'sealedMs')
 redis.call('PUBLISH', ARGV[1], 'reopened')
 return {1, lost}
