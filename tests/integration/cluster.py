@@ -38,6 +38,7 @@ from fedcore.wire.messages import (
 from fedctl.processes import find_redis_server, free_ports
 
 DEADLINE_S = 20.0
+DETOUR = Path(__file__).with_name("detour.py")
 INSTANCES = 8  # servers that a test may start beside each other
 WEIGHTS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b.bias": np.float32([0.5, -0.5])}
 
@@ -224,6 +225,7 @@ class Cluster:
         redis_port: int | None = None,
         ready: bool = True,
         env: Mapping[str, str] | None = None,
+        detour: bool = False,
     ) -> str:
         """Start server ``n``, 0 to INSTANCES - 1, on a host; return the name of its process and its log.
 
@@ -234,13 +236,14 @@ class Cluster:
             redis_port: where this server looks for Redis, if not at its own port.
             ready: wait until it is ready.
             env: more environment.
+            detour: whether its ways to other servers begin elsewhere, see detour.py.
         """
         assert 0 <= n < INSTANCES
         host.checkpoints.mkdir(parents=True, exist_ok=True)
         name = self.name(n)
         self.spawn(
             name,
-            *self.command("serverd"),
+            *((sys.executable, str(DETOUR), str(n)) if detour else self.command("serverd")),
             *("--yaml-config", str(self.yaml_of(n, redis_port or self.redis_port)), "--instance", str(n)),
             *("--tcp-server-ip", host.address, "--ledger-dir", str(host.ledgers)),
             *("--checkpoint-dir", str(host.checkpoints)),

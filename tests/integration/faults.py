@@ -8,9 +8,9 @@
         run.fetch(range(4))
         report = run.judge()                        # see oracle.py
 
-``Run(fleet, clients=10)`` lets clients take part in threads instead; schedule.py makes up faults from a seed. Only
-loopback and processes of the test's own are touched. What cannot be cut here is the way between two servers: they
-find each other at the addresses that they registered.
+``Run(fleet, clients=10)`` lets clients take part in threads instead; schedule.py makes up faults from a seed. With
+``fleet_of(..., node_links=True)`` the ways between servers can be cut, see ``NodeLinks``. Only loopback and processes
+of the test's own are touched.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from integration.cluster import Cluster, Host, wait_until
+from integration.detour import detour
 from integration.links import Link
 from integration.oracle import (
     MODEL,
@@ -42,6 +43,91 @@ from fedcore.models.formats import write_model
 BAD_WORDS = ("Traceback", "Unhandled", "inner error", '"level": "critical"')
 
 
+class NodeLinks:
+    """The ways between servers: one link from each to each other one, see detour.py.
+
+    What is done to a link ends with ``restore`` of one of its ends. Nobody listens on the links to a server that does
+    not run, so that those who ask for it are refused as they would be by its host.
+
+    Attributes:
+        links: (who connects, to whom) -> the link.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self.links: dict[tuple[int, int], Link] = {}
+        self._absent: set[int] = set()
+        self._broken: dict[tuple[int, int], Callable[[Link], None]] = {}
+        self._lock = threading.RLock()  # a link may come back while a server ends
+
+    def add(self, n: int, hosts: Mapping[int, Host]) -> None:
+        """Lay the links between a server and all others."""
+        with self._lock:
+            for other in hosts.keys() - {n}:
+                for one, to in ((n, other), (other, n)):
+                    if (one, to) not in self.links:
+                        port, host = self._cluster.tcp + to, hosts[to].address
+                        self.links[one, to] = Link(port, host, (detour(one, host), port))
+            self._absent.discard(n)
+            self._apply(self._to(n))
+
+    def remove(self, n: int) -> None:
+        """Refuse all who connect to a server."""
+        with self._lock:
+            self._absent.add(n)
+            self._apply(self._to(n))
+
+    def cut(self, n: int) -> None:
+        """End all connections between a server and the others, and refuse new ones."""
+        self._break(Link.cut, [*self._to(n), *self._of(n)])
+
+    def vanish(self, n: int) -> None:
+        """Let nothing through between a server and the others, and no connection come about."""
+        self._break(Link.vanish, [*self._to(n), *self._of(n)])
+
+    def deafen(self, n: int) -> None:
+        """Let nothing through on connections that others make to a server; it still reaches them."""
+        self._break(Link.vanish, self._to(n))
+
+    def mute(self, n: int) -> None:
+        """Carry what a server and the others ask of each other, but hold the answers."""
+        self._break(Link.mute, [*self._to(n), *self._of(n)])
+
+    def restore(self, n: int) -> None:
+        """Let everything through again between a server and the others."""
+        with self._lock:
+            pairs = [*self._to(n), *self._of(n)]
+            for pair in pairs:
+                self._broken.pop(pair, None)
+            self._apply(pairs)
+
+    def close(self) -> None:
+        """End the links."""
+        with self._lock:
+            for link in self.links.values():
+                link.close()
+            self.links.clear()
+
+    def _to(self, n: int) -> list[tuple[int, int]]:
+        return [pair for pair in self.links if pair[1] == n]
+
+    def _of(self, n: int) -> list[tuple[int, int]]:
+        return [pair for pair in self.links if pair[0] == n]
+
+    def _break(self, how: Callable[[Link], None], pairs: Iterable[tuple[int, int]]) -> None:
+        with self._lock:
+            for pair in pairs:
+                self._broken[pair] = how
+                self._apply([pair])
+
+    def _apply(self, pairs: Iterable[tuple[int, int]]) -> None:
+        for one, to in pairs:
+            link, how = self.links[one, to], self._broken.get((one, to))
+            if how is None:
+                how = Link.cut if to in self._absent else Link.restore
+            how(link)
+
+
 class Fleet:
     """Numbered servers of one job, the hosts they run on, and their links to Redis.
 
@@ -51,14 +137,16 @@ class Fleet:
         lives: server -> which of its processes runs, or ran last; counted from 0.
         links: server -> its way to Redis; every server has one of its own.
         paused: servers that stand still.
+        node_links: the ways between servers, if they can be cut.
     """
 
-    def __init__(self, cluster: Cluster, hosts: Mapping[int, int]) -> None:
+    def __init__(self, cluster: Cluster, hosts: Mapping[int, int], *, node_links: bool = False) -> None:
         self.cluster = cluster
         self.hosts: dict[int, Host] = {n: cluster.host(number) for n, number in hosts.items()}
         self.lives: dict[int, int] = {}
         self.links: dict[int, Link] = {}
         self.paused: set[int] = set()
+        self.node_links = NodeLinks(cluster) if node_links else None
 
     def add(self, n: int, host: int) -> None:
         """Make a server known that may be started."""
@@ -69,8 +157,16 @@ class Fleet:
         if n not in self.links:
             self.links[n] = Link(self.cluster.redis_port)
         assert not self.up(n), f"server {n} runs"
+        if self.node_links is not None:
+            self.node_links.add(n, self.hosts)
         self.cluster.start_server_on(
-            self.hosts[n], n, *options, redis_port=self.links[n].port, ready=False, env=env
+            self.hosts[n],
+            n,
+            *options,
+            redis_port=self.links[n].port,
+            ready=False,
+            env=env,
+            detour=self.node_links is not None,
         )
         self.lives[n] = self.lives.get(n, -1) + 1
         if ready:
@@ -91,7 +187,10 @@ class Fleet:
     def kill(self, n: int, number: int = signal.SIGKILL) -> int:
         """Send a signal and wait for the end; return the exit code."""
         self.resume(n)
-        return self.cluster.kill(self.cluster.name(n), number)
+        code = self.cluster.kill(self.cluster.name(n), number)
+        if self.node_links is not None:
+            self.node_links.remove(n)
+        return code
 
     def pause(self, n: int) -> None:
         """Let a server stand still."""
@@ -166,6 +265,8 @@ class Fleet:
         """End the links; the cluster ends the processes."""
         for link in self.links.values():
             link.close()
+        if self.node_links is not None:
+            self.node_links.close()
 
 
 @contextmanager
@@ -177,6 +278,7 @@ def fleet_of(
     fedcore: Mapping[str, Any] | None = None,
     start: bool = True,
     redis: int | None = None,
+    node_links: bool = False,
     **settings: Any,
 ) -> Iterator[Fleet]:
     """Prepare a job whose model is ``oracle.MODEL``, start a Redis that keeps its data, and the servers.
@@ -188,6 +290,7 @@ def fleet_of(
         fedcore: sections of the YAML's ``fedcore``.
         start: whether to start the servers.
         redis: port of a Redis that runs already, if the job is to have that one.
+        node_links: whether the ways between servers can be cut.
         settings: keys of ``round``, or fl_iteration_num; windows are ten minutes if not given.
     """
     windows = dict.fromkeys(
@@ -202,7 +305,7 @@ def fleet_of(
             cluster.start_redis(keep=True)
         else:
             cluster.use_redis(redis)
-        fleet = Fleet(cluster, hosts)
+        fleet = Fleet(cluster, hosts, node_links=node_links)
         try:
             if start:
                 fleet.start_all()

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from integration.cluster import Cluster
-from integration.faults import Fleet, Run
+from integration.faults import Fleet, NodeLinks, Run
 
 
 class Kind(StrEnum):
-    """What may happen; everything but ADD, RESET and the end of Redis heals after some time."""
+    """What may happen; everything but ADD, RESET and the end of Redis heals by itself after some time."""
 
     KILL = "SIGKILL, restart"
     STOP = "SIGTERM, restart"
@@ -24,6 +24,12 @@ class Kind(StrEnum):
     CUT = "cut the link to Redis, restore it"
     HANG = "let the link to Redis hang, restore it"
     RESET = "reset the link to Redis"
+    NODE_CUT = "cut the links between a server and the others, restore them"
+    NODE_VANISH = (
+        "let nothing through between a server and the others, not even an attempt to connect; restore"
+    )
+    NODE_DEAF = "let nothing through from the others to a server, while it reaches them; restore"
+    NODE_MUTE = "hold the answers between a server and the others, deliver them later"
     ADD = "start another server"
     REDIS_RESTART = "restart Redis with its data"
     REDIS_WIPE = "restart Redis without its data"
@@ -32,6 +38,12 @@ class Kind(StrEnum):
 
 SERVER_FAULTS = (Kind.KILL, Kind.STOP, Kind.PAUSE, Kind.CUT, Kind.HANG)  # a server is away meanwhile
 REDIS_FAULTS = (Kind.REDIS_RESTART, Kind.REDIS_WIPE, Kind.REDIS_PAUSE)
+NODE_FAULTS: Mapping[Kind, Callable[[NodeLinks, int], None]] = {  # devices do not notice
+    Kind.NODE_CUT: NodeLinks.cut,
+    Kind.NODE_VANISH: NodeLinks.vanish,
+    Kind.NODE_DEAF: NodeLinks.deafen,
+    Kind.NODE_MUTE: NodeLinks.mute,
+}
 LENGTHS: Mapping[Kind, tuple[float, float]] = {
     Kind.KILL: (0.0, 5.0),
     Kind.STOP: (0.0, 5.0),
@@ -39,8 +51,10 @@ LENGTHS: Mapping[Kind, tuple[float, float]] = {
     Kind.CUT: (0.2, 3.0),
     Kind.HANG: (0.2, 3.0),
     Kind.REDIS_PAUSE: (0.5, 3.0),
+    **dict.fromkeys(NODE_FAULTS, (0.2, 6.0)),
 }
 STARTUP_S = 3.0  # a started server counts as away for so long
+REJOIN_S = 3.0  # between two faults of node links; in it an iteration that waited can be completed
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,7 @@ class Schedule:
         chance = random.Random(seed)
         away = dict.fromkeys(self.servers, 0.0)  # server -> until when it is away
         spare = list(self.spare)
-        redis_until, now, actions = 0.0, 0.0, []
+        redis_until, nodes_until, now, actions = 0.0, 0.0, 0.0, []
         while (now := now + chance.uniform(*self.pause)) < seconds:
             kind = chance.choice(self.kinds)
             length = round(chance.uniform(*LENGTHS[kind]), 2) if kind in LENGTHS else 0.0
@@ -103,6 +117,10 @@ class Schedule:
                 if spare:
                     away[spare[0]] = now + STARTUP_S
                     actions.append(Action(now, kind, spare.pop(0)))
+            elif kind in NODE_FAULTS:
+                if there and now >= nodes_until:
+                    nodes_until = now + length + REJOIN_S
+                    actions.append(Action(now, kind, chance.choice(there), length))
             elif kind is Kind.RESET and there:
                 actions.append(Action(now, kind, chance.choice(there)))
             elif (
@@ -131,7 +149,8 @@ def perform(
 ) -> None:
     """Let the actions happen to a run's fleet, each as soon as its time has come; return when all have healed.
 
-    A server is spared if no other one listens at that moment, whatever the schedule believes.
+    A server is spared if no other one listens at that moment, whatever the schedule believes; and SIGTERM is spared a
+    server that does not listen yet, for before that it does not end in order.
 
     Args:
         run: the run; if one of its clients gives up, nothing more happens.
@@ -142,12 +161,16 @@ def perform(
     """
     fleet, began, spared = run.fleet, time.monotonic(), set[Action]()
 
-    def others(n: int) -> bool:
-        ports = [fleet.cluster.admin + other for other in fleet.running() if other not in (n, *fleet.paused)]
-        return may_be_alone or any(Cluster.get_http(port, "/livez") for port in ports)
+    def listens(n: int) -> bool:
+        return Cluster.get_http(fleet.cluster.admin + n, "/livez") is not None
+
+    def may_be_away(n: int) -> bool:
+        others = [other for other in fleet.running() if other not in (n, *fleet.paused)]
+        return fleet.up(n) and (may_be_alone or any(map(listens, others)))
 
     def begin(action: Action) -> str:
-        if action.kind in SERVER_FAULTS and not (fleet.up(action.server) and others(action.server)):
+        early = action.kind is Kind.STOP and not listens(action.server)
+        if early or (action.kind in SERVER_FAULTS and not may_be_away(action.server)):
             spared.add(action)
             return " (spared)"
         _begin(run, action, hosts)
@@ -201,6 +224,14 @@ def _begin(run: Run, action: Action, hosts: int) -> None:
             fleet.wipe_redis()
         case Kind.REDIS_PAUSE:
             fleet.cluster.pause("redis")
+        case kind:
+            links = node_links_of(fleet)
+            NODE_FAULTS[kind](links, n)
+            back = threading.Timer(
+                action.length, links.restore, (n,)
+            )  # in time, even while a server is stopped here
+            back.daemon = True
+            back.start()
 
 
 def _heal(fleet: Fleet, action: Action) -> None:
@@ -214,3 +245,11 @@ def _heal(fleet: Fleet, action: Action) -> None:
             fleet.links[n].restore()
         case Kind.REDIS_PAUSE:
             fleet.cluster.resume("redis")
+        case kind if kind in NODE_FAULTS:
+            node_links_of(fleet).restore(n)
+
+
+def node_links_of(fleet: Fleet) -> NodeLinks:
+    """Return the links between a fleet's servers; it must have been made with some."""
+    assert fleet.node_links is not None, "fleet_of(..., node_links=True)"
+    return fleet.node_links

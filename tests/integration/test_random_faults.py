@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from integration.oracle import (
     mean_of,
     steps_back,
 )
-from integration.schedule import Action, Kind, Schedule, perform
+from integration.schedule import NODE_FAULTS, SERVER_FAULTS, Action, Kind, Schedule, perform
 
 SOAK_S = float(os.environ.get("FEDCORE_SOAK", "60"))
 SEED = os.environ.get("FEDCORE_SEED")
@@ -65,16 +66,21 @@ class Setting:
 
 QUIET = (Kind.REDIS_RESTART, Kind.REDIS_PAUSE)
 ON_SERVERS = (Kind.KILL, Kind.KILL, Kind.KILL, Kind.STOP, Kind.PAUSE, Kind.CUT, Kind.HANG, Kind.RESET)
+ON_NODE_LINKS = (Kind.NODE_CUT, Kind.NODE_VANISH, Kind.NODE_DEAF, Kind.NODE_MUTE)
 SETTINGS = {
     "one server": Setting(
         {0: 0}, Schedule([0], kinds=(*ON_SERVERS, *QUIET), least_there=0), 2, may_be_alone=True
     ),
     "one host": Setting({0: 0, 1: 0}, Schedule([0, 1], [2], (*ON_SERVERS, *QUIET, Kind.ADD)), 3),
     "two hosts": Setting(
-        {0: 0, 1: 1, 2: 0}, Schedule([0, 1, 2], [3], (*ON_SERVERS, *QUIET, Kind.ADD), most_away=2), 3
+        {0: 0, 1: 1, 2: 0},
+        Schedule([0, 1, 2], [3], (*ON_SERVERS, *QUIET, *ON_NODE_LINKS, Kind.ADD), most_away=2),
+        2,
     ),
     "wipes": Setting(
-        {0: 0, 1: 1}, Schedule([0, 1], [2], (*ON_SERVERS, *QUIET, Kind.REDIS_WIPE, Kind.REDIS_WIPE)), 2
+        {0: 0, 1: 1},
+        Schedule([0, 1], [2], (*ON_SERVERS, *QUIET, *ON_NODE_LINKS, Kind.REDIS_WIPE, Kind.REDIS_WIPE)),
+        1,
     ),
 }
 
@@ -96,7 +102,11 @@ def test_random_faults(tmp_path: Path, name: str) -> None:
     seed = int(SEED) if SEED else fresh
     log: list[str] = []
     actions = setting.schedule.actions(seed, seconds)
-    settings: dict[str, Any] = {"places": PLACES, "update_model_ratio": QUORUM / PLACES}
+    settings: dict[str, Any] = {
+        "places": PLACES,
+        "update_model_ratio": QUORUM / PLACES,
+        "node_links": not NODE_FAULTS.keys().isdisjoint(setting.schedule.kinds),
+    }
     with told(seed, log), fleet_of(tmp_path, setting.hosts, **settings) as fleet:
         with Run(fleet, clients=CLIENTS, seed=seed) as run:
             perform(
@@ -222,14 +232,15 @@ def test_schedules_keep_their_limits(name: str) -> None:
         assert actions == sorted(actions, key=lambda action: action.at)
         seen |= {action.kind for action in actions}
         assert all(away_at(actions, action.at) <= schedule.most_away for action in actions)
+        cuts = [action for action in actions if action.kind in NODE_FAULTS]
+        assert all(one.at + one.length < other.at for one, other in pairwise(cuts))
     assert seen == set(schedule.kinds)
     assert schedule.actions(1, 120) != schedule.actions(2, 120)
 
 
 def away_at(actions: list[Action], moment: float) -> int:
     return sum(
-        action.length > 0 and action.server >= 0 and action.at <= moment < action.at + action.length
-        for action in actions
+        action.kind in SERVER_FAULTS and action.at <= moment < action.at + action.length for action in actions
     )
 
 
@@ -237,9 +248,14 @@ def away_at(actions: list[Action], moment: float) -> int:
 
 
 class Echo:
-    """A server that answers every message with itself."""
+    """A server that answers every message with itself.
+
+    Attributes:
+        heard: all that came, of one connection after the other.
+    """
 
     def __init__(self) -> None:
+        self.heard = b""
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = self._listening.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -252,10 +268,10 @@ class Echo:
                 return
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
-    @staticmethod
-    def _serve(connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket) -> None:
         try:
             while data := connection.recv(4096):
+                self.heard += data
                 connection.sendall(data)
         except OSError:
             return
@@ -267,12 +283,18 @@ class Echo:
 
 
 @pytest.fixture
-def link() -> Iterator[Link]:
-    """A link to an echo server."""
+def echo() -> Iterator[Echo]:
+    """An echo server."""
     echo = Echo()
+    yield echo
+    echo.close()
+
+
+@pytest.fixture
+def link(echo: Echo) -> Iterator[Link]:
+    """A link to the echo server."""
     with Link(echo.port) as link:
         yield link
-    echo.close()
 
 
 def connected(link: Link) -> socket.socket:
@@ -332,6 +354,49 @@ def test_a_reset_link_carries_new_connections(link: Link) -> None:
             connection.recv(4096)
     with connected(link) as connection:
         says(connection, b"two")
+
+
+def test_a_link_that_vanishes_leaves_connections_without_an_answer_and_delivers_later(link: Link) -> None:
+    with connected(link) as before:
+        says(before, b"one")
+        link.vanish()
+        before.sendall(b"two")
+        before.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            before.recv(4096)
+        with socket.socket() as after:
+            after.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                after.connect((link.host, link.port))
+        before.settimeout(5)
+        link.restore()
+        assert before.recv(4096) == b"two"
+        with connected(link) as late:
+            says(late, b"three")
+
+
+def test_a_link_that_vanishes_can_be_cut(link: Link) -> None:
+    link.vanish()
+    link.cut()
+    with pytest.raises(ConnectionRefusedError):
+        connected(link)
+    link.restore()
+    with connected(link) as connection:
+        says(connection, b"one")
+
+
+def test_a_mute_link_carries_questions_and_holds_the_answers(link: Link, echo: Echo) -> None:
+    with connected(link) as connection:
+        says(connection, b"one")
+        link.mute()
+        connection.sendall(b"two")
+        wait_until(lambda: echo.heard == b"onetwo", "the question arrives")
+        connection.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            connection.recv(4096)
+        connection.settimeout(5)
+        link.restore()
+        assert connection.recv(4096) == b"two"
 
 
 def ended(connection: socket.socket) -> bool:
