@@ -24,6 +24,10 @@ class Answered(PeerGone):
     """The peer answers, and refuses."""
 
 
+class Replaced(PeerGone):
+    """Another process listens at the peer's address."""
+
+
 class Promise:
     """A value that is still to come."""
 

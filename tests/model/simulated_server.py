@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from model.cluster import Reserve, Seen, key_of
-from model.kernel import Answered, Lost, PeerGone, Promise, Refused, pause, wait
+from model.kernel import Answered, Lost, PeerGone, Promise, Refused, Replaced, pause, wait
 
 from fedcore.core import iteration as core
 from fedcore.core.iteration import Iteration, Phase
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from model.simulation import Making
     from model.simulation import Simulation as World
 
-TICK_S, CLAIM_PAUSE_S, REBASE_S, LOSS_S, STALE_S, SPREAD_S = 1.0, 0.5, 10.0, 10.0, 7.0, 2.0
+TICK_S, CLAIM_PAUSE_S, REBASE_S, LOSS_S, DOUBT_S, STALE_S, SPREAD_S = 1.0, 0.5, 10.0, 10.0, 10.0, 7.0, 2.0
 PING_TIMEOUT_S, PEER_TIMEOUT_S, TAKE_TIMEOUT_S = 2.0, 5.0, 30.0
 ROOM_TIMEOUT_S, HOLD_S, RETRY_S, DRAIN_S = 8.0, 8.0, 0.1, 10.0
 TRIES, KEPT = 3, 3
@@ -37,7 +37,11 @@ NEVER = float("-inf")
 
 
 class Moved(Exception):
-    """IterationMoved, LedgerRevoked: the shared state is not where the server is."""
+    """IterationMoved: the shared state is not where the server is."""
+
+
+class Revoked(Moved):
+    """LedgerRevoked: the ledger is another server's, or nobody's."""
 
 
 class Missing(Moved):
@@ -82,6 +86,7 @@ class Slot:
     """A body in a ledger."""
 
     update: Update
+    ledger: LedgerFile | None = None  # that it lies in
     begun: int = -1  # generation of the ledger in which it was recorded
 
 
@@ -159,6 +164,7 @@ class Candidate(NamedTuple):
     number: int
     digest: str
     durable: bool = False
+    updates: int = 0  # that are in it, as far as it is known
 
 
 class Found(Enum):
@@ -210,6 +216,8 @@ class Server:
         self.run_of_conn = 0  # the Redis that the connection leads to
         self.pending: dict[Promise, None] = {}  # in the order in which they were sent
         self.reconnecting = False
+        self.ready_at = 0.0  # when it could go on with all that it is to do
+        self.barred_until = NEVER  # nothing leads to Redis before
         self.waiting: list[Promise] = []  # for the connection
         self.policy = world.policy
         self.models = Models(*world.newest_checkpoint(host))
@@ -228,12 +236,19 @@ class Server:
         self.fence = self.epoch_number = self.run_id = 0
         self.ended = (True, "")
         self.orphan = ""  # token of a finaliser that is gone
-        self.others_before: set[str] = set()
+        self.owned = ""  # the own ledger, once Redis has said that it is ours
+        self.begun_in: LedgerFile | None = None  # the ledger that takes the updates of the epoch
+        self.follows = self.registered = self.warned = False
+        self.left = ""  # the instance whose state is still held
+        self.contradicted: Epoch | None = None
+        self.seen: dict[str, float] = {}  # who was on the list, and when last
+        self.saw_at = 0.0
+        self.others_before: dict[str, float] = {}
         self.doubt_until = NEVER
         self.baseless_since: float | None = None
         self.deadline_at: float | None = None
         self.waiters: list[Promise] = []
-        self.stopping_partials: list[Partial] | None = None
+        self.closed_here: tuple[tuple[str, int, int], list[Partial]] | None = None
         # intake
         self.asking: set[object] = set()
         self.intake_epoch: Epoch | None = None
@@ -250,14 +265,16 @@ class Server:
         self.inherited: set[str] = set()
         self.ledgers_epoch: Epoch | None = None
         self.passed: set[LedgerFile] = set()
+        self.elsewhere: dict[LedgerFile, str] = {}  # files whose ledger a living node of another host owns
         self.adopting = False
         self.adopters: list[Promise] = []
         # judge, reduction, publication
         self.missed_since: dict[str, float] = {}
         self.judged_at = NEVER
         self.sum: Sum | None = None
+        self.short: tuple[tuple[str, int, int], float] | None = None
         self.candidates: dict[str, Candidate] = {}
-        self.in_sum = 0  # updates in the candidate that this server made last
+        self.shown: tuple[tuple[str, int, int], dict[str, Partial]] = (("", 0, 0), {})
         self.reading: dict[str, Promise] = {}
         world.spawn(self, self.reconnect())
         world.spawn(self, self.beat())
@@ -290,8 +307,8 @@ class Server:
     async def reconnect(self) -> None:
         self.reconnecting = True
         while True:
-            await pause(self.world.chance() * 0.5)
-            if not self.world.store_up:
+            await pause(self.world.chance() * (0.5 if self.world.calm else self.world.absence))
+            if not self.world.store_up or self.world.now < self.barred_until:
                 continue
             self.conn, self.cut, self.run_of_conn = self.conn + 1, False, self.world.store.run
             try:
@@ -300,19 +317,21 @@ class Server:
                 continue
             if not self.cut:
                 break
-        self.reconnecting, self.up = False, True
+        self.reconnecting, self.up, self.ready_at = False, True, self.world.now
         waiting, self.waiting = self.waiting, []
         for promise in waiting:
             promise.succeed(None)
+        self.awaken()
         self.world.later(self, self.world.delay(), self.heard, "")
 
     async def before_use(self) -> None:
         run = self.run_of_conn
         self.baseless_since = None
-        self.missed_since.clear()  # no lease was renewed while Redis was away
+        self.forget_missed()  # no lease was renewed while Redis was away
         if self.cluster is not None and run != self.run_id:
+            losses = self.world.forgot
             await self.bring_back(self.cluster, preparing=True)
-            self.world.brought_back(self, run)
+            self.world.brought_back(self, losses)
         self.run_id = run
 
     async def connected(self) -> None:
@@ -412,22 +431,21 @@ class Server:
                 self.note(core.ClientSelected(number, count))
             if word not in ("selected", "known"):
                 return None
-            return self.instance, self.iteration.number, self.models.newest_digest
+            if number == self.iteration.number and self.serving:
+                return self.instance, number, self.models.newest_digest
+            if self.world.now >= until:
+                return None
         return None
 
     async def update_model(self, update: Update) -> bool:
         """Take an update; True is the 200."""
-        ledger, slot = self.own, Slot(update)
-        if ledger is None:
-            return False
-        until, word, holder = self.world.now + HOLD_S, "", ledger.id
+        slot = Slot(update)
+        until, word, holder = self.world.now + HOLD_S, "", ""
         while await self.pass_gate(until):
             cluster, (number, attempt) = self.cluster, self.where
             assert cluster is not None
             try:
-                word, count, holder = await self.accept(
-                    ledger, slot, update, cluster.instance, number, attempt
-                )
+                word, count, holder = await self.accept(slot, cluster.instance, number, attempt)
             except (Lost, Moved) as error:
                 word = ""
                 if await self.settled_at(isinstance(error, Missing), (number, attempt), until):
@@ -436,8 +454,8 @@ class Server:
             if word == "accepted" and cluster is self.cluster:
                 self.note(core.UploadCounted(number, attempt, count))
             break
-        if word != "accepted":
-            ledger.release(slot)
+        if word != "accepted" and slot.ledger is not None:
+            slot.ledger.release(slot)
         counts = word in ("accepted", "repeated")
         if counts and cluster is not None:
             self.world.acknowledge(cluster.instance, update, holder)
@@ -445,35 +463,43 @@ class Server:
 
     # ---- update_intake
 
-    async def accept(
-        self, ledger: LedgerFile, slot: Slot, update: Update, instance: str, number: int, attempt: int
-    ) -> tuple[str, int, str]:
+    async def accept(self, slot: Slot, instance: str, number: int, attempt: int) -> tuple[str, int, str]:
         question = object()
         self.asking.add(question)
         try:
-            epoch = self.intake_epoch
-            if (
-                self.own is not ledger
-                or epoch is None
-                or (epoch.iteration, self.attempt) != (number, attempt)
-            ):
-                raise Moved
-            key = key_of(update.client)
-            if key not in ledger.updates:
-                ledger.release(slot)
-                ledger.record(slot)
-            word, count, holder = await self.ask_to_count(ledger, update, instance, number, attempt)
-            if word != "accepted":
-                return word, count, holder
-            if self.intake_epoch != epoch:
-                raise Moved
-            if key in ledger.updates:
-                return "repeated", count, ledger.id
-            ledger.accept(slot)
-            return "accepted", count, ledger.id
+            while True:
+                if self.own is None:
+                    raise Lost
+                self.check_attempt(number, attempt)
+                if slot.ledger not in (None, self.own):
+                    slot.ledger.release(slot)  # it moves into the present one
+                slot.ledger = ledger = self.own
+                try:
+                    return await self.count(ledger, slot, instance, number, attempt)
+                except Revoked:
+                    if self.sealing or self.own in (ledger, None):
+                        raise
         finally:
             self.asking.discard(question)
             self.settle()
+
+    async def count(
+        self, ledger: LedgerFile, slot: Slot, instance: str, number: int, attempt: int
+    ) -> tuple[str, int, str]:
+        epoch, key = self.intake_epoch, key_of(slot.update.client)
+        if key not in ledger.updates:
+            ledger.release(slot)
+            ledger.record(slot)
+        word, count, holder = await self.ask_to_count(ledger, slot.update, instance, number, attempt)
+        if word != "accepted":
+            return word, count, holder
+        if self.intake_epoch != epoch:
+            raise Moved
+        if key in ledger.updates:
+            return "repeated", count, ledger.id
+        ledger.accept(slot)
+        await pause(self.world.delay())  # a replica is given a moment
+        return "accepted", count, ledger.id
 
     async def ask_to_count(
         self, ledger: LedgerFile, update: Update, instance: str, number: int, attempt: int
@@ -497,7 +523,7 @@ class Server:
                 word = "lapsed"
             if word == "revoked":
                 if self.sealing or self.own is not ledger or self.world.now >= limit:
-                    raise Moved
+                    raise Revoked
             elif word in ("missing", "closed"):
                 raise Missing if word == "missing" else Moved
             elif word != "lapsed":
@@ -516,8 +542,10 @@ class Server:
                 self.dropped.append(ledger_id)
         if epoch != self.ledgers_epoch:
             self.inherited.clear()
+            self.former.clear()
         self.passed.clear()
-        self.ledgers_epoch = epoch
+        self.elsewhere.clear()
+        self.ledgers_epoch, self.begun_in = epoch, self.own
         if self.own is not None:
             if self.own.epoch == epoch and self.own.updates:
                 self.world.wiped(self, self.own, self.joinings > self.joined_with)
@@ -598,6 +626,10 @@ class Server:
                 )
                 if mine or file.lock is not None or not file.there:
                     continue
+                if file in self.elsewhere and await self.ask("is_alive", instance, self.elsewhere[file]):
+                    continue
+                if file.lock is not None or not file.there:
+                    continue
                 file.lock = self
                 try:
                     found = await self.adopt_file(file, instance, epoch) or found
@@ -623,8 +655,12 @@ class Server:
                 self.pass_over(file)
             return False
         before = await self.ask("ledger_owner", instance, file.id)
-        if before == REVOKED or (before and self.world.host_of(before) != self.host):
-            self.world.removed(self, file, "not ours: " + before)
+        if before == REVOKED:
+            self.world.removed(self, file, "revoked")
+            return False
+        foreign = before != "" and self.world.host_of(before) != self.host
+        if foreign and await self.ask("is_alive", instance, before):
+            self.elsewhere[file], file.lock = before, None
             return False
         if not await self.ask("own_ledger", instance, file.id, self.name, before):
             self.pass_over(file)
@@ -659,7 +695,7 @@ class Server:
     async def tell_again(self, instance: str, epoch: Epoch, partial: Partial) -> None:
         """The shared state may have lost data since the owner died."""
         clients = dict.fromkeys(partial.updates, "1")
-        words = (instance, epoch.iteration, partial.ledger_id, self.name, clients)
+        words = (instance, epoch.iteration, partial.ledger_id, self.name, clients, epoch.base)
         await self.ask("restore_clients", *words)
 
     # ---- the machine
@@ -743,13 +779,13 @@ class Server:
             case core.Reduce():
                 return await self.reduce_now()
             case core.RecordCandidate(number, attempt, token, digest):
-                done = await self.ask(
-                    "record_candidate", instance, number, attempt, token, digest, self.in_sum
-                )
+                updates = self.candidates[digest].updates if digest in self.candidates else 0
+                done = await self.ask("record_candidate", instance, number, attempt, token, digest, updates)
                 return core.CandidateRecorded(digest) if done else await self.observed()
             case core.SpreadCandidate(digest=digest):
                 return await self.spread_now(digest)
             case core.Reopen(number, attempt, phase, ledgers):
+                await self.ask("count_by_ledger", instance, number)  # for its report
                 done = await self.ask(
                     "reopen", instance, number, attempt, phase, self.iteration.token, ledgers
                 )
@@ -794,11 +830,16 @@ class Server:
         waits = self.sealed_here != (number, attempt) and self.world.now - sealed < CLAIM_PAUSE_S
         if not token and waits:
             return None
+        cluster = self.cluster
         claimed = await self.ask("claim_reduction", instance, number, attempt, token, self.name)
-        return await self.observed() if claimed is None else core.ReductionClaimed(*claimed)
+        if claimed is None:
+            return await self.observed()
+        self.fence = max(self.fence, int(claimed[0].partition(":")[0]))
+        self.world.claimed(self, cluster, claimed[0])
+        return core.ReductionClaimed(*claimed)
 
     async def open(self, effect: core.Open) -> None:
-        self.opened = 0  # it may be opened anew, with another base
+        again, self.opened = self.opened == effect.number, 0  # with another base
         candidate = self.take_candidate(effect.base) if effect.success else None
         made = candidate is not None and candidate.number == effect.ended
         if made and candidate is not None:
@@ -810,7 +851,7 @@ class Server:
         if self.iteration.number != effect.number:
             return
         self.serve(effect.number)
-        if made and candidate is not None and not candidate.durable:
+        if made and candidate is not None and not candidate.durable and not again:
             self.run_quietly(self.save(candidate.number, candidate.digest))
 
     def epoch(self) -> Epoch:
@@ -818,9 +859,12 @@ class Server:
 
     def serve(self, number: int) -> None:
         self.opened, self.baseless_since = number, None
-        self.places.clear()
-        self.sum = None
-        self.begin(self.epoch(), self.iteration.attempt)
+        self.sum = self.short = None
+        if self.own is not None and self.own is self.begun_in and self.intake_epoch == self.epoch():
+            self.resume(self.iteration.attempt)  # this server is back where it was
+        else:
+            self.places.clear()
+            self.begin(self.epoch(), self.iteration.attempt)
         self.world.serves(self, number, self.models.newest_digest)
         self.awaken()
 
@@ -862,10 +906,20 @@ class Server:
     def heard(self, message: str) -> None:
         if self.cluster is None or not self.up:
             return
-        if message in ("", "released"):
+        if message in ("", "released", "forgotten"):
+            self.warned = self.warned or message == "forgotten"
             self.run_quietly(self.repair())
+        elif message == "joined":
+            self.run_quietly(self.refresh_others())
         else:
             self.look_soon()
+
+    async def remind(self) -> None:
+        cluster = self.cluster
+        if cluster is None:
+            raise Lost
+        if await self.bring_back(cluster) == "newer" and cluster is self.cluster:
+            self.leave_instance()
 
     async def look_while_wanted(self) -> None:
         self.looking = True
@@ -887,9 +941,10 @@ class Server:
         name, seen = await self.ask("read", instance)
         if cluster is not self.cluster or cluster is None:
             return None
-        if name != instance or seen is None or seen.iteration.rank < self.iteration.rank:
+        if self.due(name, seen):
             if await self.bring_back(cluster) == "newer":
-                self.leave_instance()
+                if cluster is self.cluster:
+                    self.leave_instance()
                 return None
             seen = (await self.ask("read", instance))[1]
         if cluster is not self.cluster:
@@ -904,22 +959,37 @@ class Server:
             return core.Observed(now, mine, seen.success, seen.result, gone and not mine)
         return None
 
+    def due(self, name: str, seen: Seen | None) -> bool:
+        """Recovery.due"""
+        warned, self.warned = self.warned, False
+        if seen is None or name != self.instance or warned:
+            return True
+        return self.contradicts(seen.iteration) or seen.iteration.rank < self.iteration.rank
+
+    def contradicts(self, seen: Iteration) -> bool:
+        held = self.ledgers_epoch
+        idle = not self.adopted and (self.own is None or not self.own.updates)
+        if held is None or held == self.contradicted or idle:
+            return False
+        if seen.number != held.iteration or seen.base in ("", held.base):
+            return False
+        self.contradicted = held
+        return True
+
     def joined_instance(self) -> str:
         if self.cluster is None:
             raise Lost
         return self.cluster.instance
 
     def leave_instance(self) -> None:
-        self.cluster = None
-        if not self.joining:
-            self.run_quietly(self.join())
+        self.left, self.cluster, self.follows = self.instance, None, True
+        self.run_quietly(self.join())
 
     async def bring_back(self, cluster: Membership, preparing: bool = False) -> str:
-        now = self.world.now
-        earlier = self.others_before if now < self.doubt_until else set()
-        self.doubt_until, self.others_before = now + LOSS_S, {*earlier, *self.others}
+        self.begin_doubt()
         self.baseless_since = None  # who is not back yet may have it
-        self.missed_since.clear()
+        self.short = None
+        self.forget_missed()
         known, number, instance = self.known(), self.iteration.number, cluster.instance
 
         async def ask(*words: Any) -> Any:
@@ -928,20 +998,24 @@ class Server:
         raised: str = await ask("raise_status", instance, known)
         if raised == "newer":
             return raised
+        if raised == "raised":
+            await ask("publish", "forgotten")
         held = {i: p.updates for i, p in self.adopted.items() if p.iteration == number}
-        word, _ = await ask("restore_clients", instance, number, "", self.name, dict(self.places))
-        if word == "closed":
-            return raised
+        epoch = self.ledgers_epoch
+        base = "" if epoch is None else epoch.base
+
+        async def restore(ledger_id: str, clients: Mapping[str, object]) -> None:
+            declared = dict.fromkeys(clients, "1")
+            await ask("restore_clients", instance, number, ledger_id, self.name, declared, base)
+
+        serves = epoch is not None and epoch.iteration == number
+        if serves:
+            await restore("", self.places)
         for ledger_id, updates in held.items():
-            clients = dict.fromkeys(updates, "1")
-            await ask("own_ledger", instance, ledger_id, self.name, self.former[ledger_id])
-            word, _ = await ask("restore_clients", instance, number, ledger_id, self.name, clients)
-            if word == "closed":
-                return raised
-        own = self.own
-        if own is not None and self.ledgers_epoch is not None and self.ledgers_epoch.iteration == number:
-            clients = dict.fromkeys(own.updates, "1")
-            await ask("restore_clients", instance, number, own.id, self.name, clients)
+            await ask("own_ledger", instance, ledger_id, self.name, self.former.get(ledger_id, ""))
+            await restore(ledger_id, updates)
+        if self.own is not None and serves:
+            await restore(self.own.id, self.own.updates)
         return raised
 
     def known(self) -> Seen:
@@ -966,7 +1040,7 @@ class Server:
             try:
                 await self.call(finaliser, "locate_ledger", "", timeout=PING_TIMEOUT_S)
             except PeerGone as error:
-                gone = isinstance(error, Refused)
+                gone = isinstance(error, Refused | Replaced)
         self.orphan = token if gone else ""
 
     def localise(self, seen: Seen) -> Iteration:
@@ -977,6 +1051,7 @@ class Server:
     async def tick(self) -> None:
         await pause(self.world.chance())
         while True:
+            self.world.check_server(self)
             self.look_again()
             await pause(TICK_S)
 
@@ -1010,35 +1085,54 @@ class Server:
             self.serve(number)
 
     async def join(self) -> None:
+        if self.joining:
+            return
         self.joining = True
         models = self.models
+        first = 1 if self.follows else models.newest + 1
         try:
+            await self.connected()
+            if self.cluster is not None:
+                return
             instance = await self.ask("claim_instance", self.world.new_instance_name())
             await self.ask(
                 "create_status",
                 instance,
-                models.newest + 1,
+                first,
                 True,
                 "",
-                RunningState.FINISH if models.newest >= self.policy.last_iteration else RunningState.RUNNING,
+                RunningState.FINISH if first > self.policy.last_iteration else RunningState.RUNNING,
                 models.newest_digest,
+                self.epoch_number + 1 if self.follows else 0,
             )
             _, seen = await self.ask("read", instance)
             if seen is None:
                 raise Lost
-            self.take_part(instance, seen)
+            back, self.left = instance == self.left, ""
+            if back:
+                self.go_on(instance)
+            else:
+                self.take_part(instance, seen)
         finally:
             self.joining = False
         self.run_quietly(self.beat_once())
+        if back:
+            await self.remind()
         await self.repair()
+
+    def go_on(self, instance: str) -> None:
+        self.effects.clear()
+        self.events.clear()
+        self.joinings += 1
+        self.cluster, self.run_id = Membership(instance, self.joinings), self.run_of_conn
 
     def take_part(self, instance: str, seen: Seen) -> None:
         self.effects.clear()
         self.events.clear()
+        self.fence = self.epoch_number = 0
         before, self.iteration = self.iteration, self.localise(seen)
         self.ended = (seen.success, seen.result)
         self.joinings, self.joined_at = self.joinings + 1, self.world.now
-        self.epoch_number = seen.epoch
         self.cluster, self.run_id = Membership(instance, self.joinings), self.run_of_conn
         self.opened = 0
         number = self.iteration.number
@@ -1055,12 +1149,16 @@ class Server:
     async def beat_once(self) -> None:
         if self.cluster is not None:
             await self.ask("heartbeat", self.cluster.instance, self.name)
+            if not self.registered:
+                self.registered = True
+                await self.ask("publish", "joined")
 
     # ---- what must not be lost
 
     async def refresh_others(self) -> list[str]:
         nodes = await self.ask("list_nodes", self.joined_instance())
         self.others = [node for node in nodes if node != self.name]
+        self.saw(self.others)
         return self.others
 
     async def guard_updates(self) -> None:
@@ -1080,6 +1178,8 @@ class Server:
                 self.drop(ledger_id)
         if now.running is not RunningState.RUNNING:
             return
+        if now.phase is Phase.CANDIDATE and now.digest in self.candidates:
+            return  # the updates are in the model
         if now.phase is Phase.COLLECTING or now.token.partition(":")[2] == self.name:
             sealed = self.world.now - self.sealed_at if self.sealed_at is not None else 0.0
             impatient = now.changing and sealed > self.policy.global_window
@@ -1091,15 +1191,24 @@ class Server:
     async def own_a_ledger(self, instance: str) -> None:
         if self.own is not None:
             owner = await self.ask("ledger_owner", instance, self.own.id)
-            if owner == self.name:
+            if self.own is not None and owner == self.name:
+                self.owned = self.own.id
                 return
+            if self.own is not None and not owner and self.own.id == self.owned:
+                await self.remind()
             if owner:
                 self.discard()
         fresh = self.own is None
         if self.open_ledger() and self.own is not None:
             if fresh:
                 self.begin(self.epoch(), self.iteration.attempt)
-            await self.ask("own_ledger", instance, self.own.id, self.name)
+            ledger_id = self.own.id
+            if await self.ask("own_ledger", instance, ledger_id, self.name):
+                self.owned = ledger_id
+
+    def forget_missed(self) -> None:
+        """LossJudge.forget"""
+        self.missed_since = {}
 
     async def lost(self, instance: str, number: int, impatient: bool) -> tuple[str, ...]:
         if self.world.now - self.judged_at > STALE_S:
@@ -1119,12 +1228,14 @@ class Server:
         short = {
             i for i, p in self.adopted.items() if p.iteration == number and len(p.updates) < counted.get(i, 0)
         }
-        missed = {}
+        watched, missed = self.missed_since, {}
         for ledger_id in sorted(counted.keys() - self.in_hand - self.had):
             if ledger_id in suspects and (
                 impatient or await self.missing(suspects[ledger_id], living, ledger_id)
             ):
-                missed[ledger_id] = self.missed_since.get(ledger_id, self.world.now)
+                missed[ledger_id] = watched.get(ledger_id, self.world.now)
+        if self.missed_since is not watched:
+            return tuple(sorted(short))  # forgotten meanwhile
         self.missed_since = missed
         return tuple(sorted(short | {i for i, since in missed.items() if self.world.now - since >= LOSS_S}))
 
@@ -1148,18 +1259,33 @@ class Server:
     def had(self) -> frozenset[str]:
         return frozenset() if self.sum is None else frozenset(self.sum.partials)
 
+    def saw(self, others: Sequence[str]) -> None:
+        """Memory.saw"""
+        self.seen = {peer: when for peer, when in self.seen.items() if self.saw_at - when < DOUBT_S}
+        self.saw_at = self.world.now
+        self.seen.update(dict.fromkeys(others, self.saw_at))
+
+    def begin_doubt(self) -> None:
+        """Memory.begin_doubt"""
+        now = self.world.now
+        self.doubt_until = now + DOUBT_S
+        self.others_before.update(dict.fromkeys([*self.others, *self.seen], now))
+
     def in_doubt(self) -> list[str]:
         """Memory.in_doubt"""
-        doubt = self.world.now < self.doubt_until
-        return sorted({*self.others, *self.others_before} - {self.name}) if doubt else []
+        now = self.world.now
+        if now >= self.doubt_until:
+            self.others_before.clear()
+            return []
+        recent = {peer for peer, lived in self.others_before.items() if now - lived < DOUBT_S}
+        return sorted({*self.others, *recent} - {self.name})
 
     async def reduce_now(self) -> core.Event | None:
         instance, now = self.joined_instance(), self.iteration
         outcome = await self.reduce(instance, now, self.epoch(), self.models.newest_digest)
         if not isinstance(outcome, Reduced):
             return outcome
-        self.hold(Candidate(self.iteration.number, outcome.digest))
-        self.in_sum = outcome.updates
+        self.hold(Candidate(self.iteration.number, outcome.digest, updates=outcome.updates))
         return core.ModelReduced(outcome.digest)
 
     async def reduce(
@@ -1189,11 +1315,18 @@ class Server:
             empty = tuple(sorted(i for i in missing if i in found and not found[i][0].updates))
             return core.UpdatesLost(number, now.attempt, empty) if empty else None
         if len(uploads) < self.policy.update_threshold:
-            if everybody:
+            if not self.is_short((instance, number, now.attempt)) or everybody:
                 return None
             self.world.failed_reduction(self, "below the quorum")
             return core.ReductionFailed(core.status_lost(number))
+        self.short = None
         return await self.add_all(now, epoch, previous, found, counted, making)
+
+    def is_short(self, attempt: tuple[str, int, int]) -> bool:
+        """Reduction._is_short"""
+        if self.short is None or self.short[0] != attempt:
+            self.short = attempt, self.world.now
+        return self.world.now - self.short[1] >= DOUBT_S
 
     async def find(
         self, instance: str, now: Iteration, own: Partial | None, everybody: Sequence[str]
@@ -1223,6 +1356,8 @@ class Server:
             offers: list[Partial] = await self.call(
                 peer, "seal_partials", instance, number, attempt, timeout=PEER_TIMEOUT_S
             )
+        except Replaced:
+            return []  # the next process at its address answers for itself
         except PeerGone:
             return None
         return offers
@@ -1284,6 +1419,7 @@ class Server:
         have = total.partials
         short = tuple(sorted(i for i, clients in counted.items() if clients - have[i].updates.keys()))
         if short:
+            self.world.fell_short(self, short)
             return core.UpdatesLost(now.number, now.attempt, short)
         if any(have[i].updates.keys() != clients for i, clients in counted.items()):
             self.world.failed_reduction(
@@ -1360,7 +1496,7 @@ class Server:
             try:
                 await self.call(peer, "give_model", digest, timeout=PING_TIMEOUT_S)
             except PeerGone as error:
-                everybody_refused = everybody_refused and isinstance(error, Answered)
+                everybody_refused = everybody_refused and isinstance(error, Answered | Replaced)
                 continue
             self.hold(Candidate(number, digest))
             return Found.HERE
@@ -1374,7 +1510,7 @@ class Server:
         limit = self.world.now + DRAIN_S
         while self.asking and self.world.now < limit:
             await pause(0.02)
-        await self.quiet(self.hand_over())
+        await self.quiet(self.hand_over(self.world.now + DRAIN_S))
         self.closed = True
         if self.own is not None:
             file, self.own = self.own, None
@@ -1394,7 +1530,7 @@ class Server:
         if self.instance:
             await self.ask("leave", self.instance, self.name)
 
-    async def hand_over(self) -> None:
+    async def hand_over(self, until: float) -> None:
         if not self.instance or not self.up:
             return
         instance, (number, attempt) = self.instance, self.where
@@ -1404,7 +1540,7 @@ class Server:
         held = [partial for partial in here if partial.ledger_id in counted]
         if not held or any(self.world.host_of(peer) == self.host for peer in await self.refresh_others()):
             return
-        self.stopping_partials = held
+        self.closed_here = (instance, number, attempt), held
         for peer in await self.refresh_others():
             for partial in list(held):
                 try:
@@ -1413,9 +1549,9 @@ class Server:
                         "take_ledger",
                         instance,
                         partial.iteration,
-                        self.iteration.attempt,
+                        attempt,
                         partial.ledger_id,
-                        timeout=TAKE_TIMEOUT_S,
+                        timeout=min(TAKE_TIMEOUT_S, max(0.0, until - self.world.now)),
                     )
                 except PeerGone:
                     break
@@ -1443,16 +1579,16 @@ class Server:
     async def seal_partials(self, sender: str, instance: str, number: int, attempt: int) -> list[Partial]:
         return await self.sealed(instance, number, attempt)
 
-    async def sealed(self, instance: str, number: int, attempt: int) -> list[Partial]:
-        def matches() -> bool:
-            same = self.instance == instance and self.where == (number, attempt)
-            return same and self.iteration.phase is not Phase.COLLECTING
+    def is_at(self, instance: str, number: int, attempt: int) -> bool:
+        same = self.instance == instance and self.where == (number, attempt)
+        return same and self.iteration.changing
 
-        if self.stopping_partials is not None:
-            return [partial for partial in self.stopping_partials if partial.iteration == number]
-        if not matches():
+    async def sealed(self, instance: str, number: int, attempt: int) -> list[Partial]:
+        if self.closed_here is not None and self.closed_here[0] == (instance, number, attempt):
+            return list(self.closed_here[1])
+        if not self.is_at(instance, number, attempt):
             await self.look()
-        if not matches():
+        if not self.is_at(instance, number, attempt):
             raise PeerGone
         own = await self.seal(number, attempt)
         here = [p for p in self.adopted.values() if p.iteration == number]
@@ -1461,10 +1597,12 @@ class Server:
     async def read_partial(
         self, sender: str, instance: str, number: int, attempt: int, ledger_id: str
     ) -> Partial:
-        for partial in await self.sealed(instance, number, attempt):
-            if partial.ledger_id == ledger_id:
-                return partial
-        raise PeerGone
+        where = (instance, number, attempt)
+        if self.shown[0] != where or not self.is_at(*where):
+            self.shown = where, {partial.ledger_id: partial for partial in await self.sealed(*where)}
+        if ledger_id not in self.shown[1]:
+            raise PeerGone
+        return self.shown[1][ledger_id]
 
     async def take_ledger(
         self, sender: str, instance: str, number: int, attempt: int, ledger_id: str
