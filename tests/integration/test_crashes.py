@@ -35,7 +35,7 @@ from fedcore.wire import codec
 from fedcore.wire.messages import RequestFLJob
 from fedctl.processes import free_ports
 
-SOAK_S = float(os.environ.get("FEDCORE_SOAK", "40"))
+SOAK_S = float(os.environ.get("FEDCORE_SOAK", "16"))
 PLACES = 8
 LEASE_S = 10.0
 MODEL = {"whose": np.zeros(PLACES, np.float32), "all": np.zeros((2, 3), np.float32)}

@@ -452,7 +452,7 @@ FAULTS: list[Fault] = [
         pytest.param(hosts, fault, id=f"{fault.__name__}-{name}")
         for name, hosts in (("one server", ONE_SERVER), ("one host", ONE_HOST), ("two hosts", TWO_HOSTS))
         for fault in FAULTS
-        if hosts is not ONE_SERVER or fault in (kill_and_restart, stop_and_restart, wipe_redis, cut_off)
+        if hosts is TWO_HOSTS or fault in (kill_and_restart, stop_and_restart, wipe_redis, cut_off)
     ],
 )
 def test_strict_devices_train_through(tmp_path: Path, hosts: dict[int, int], fault: Fault) -> None:
