@@ -35,7 +35,7 @@ from fedcore.wire.messages import (
     ResponseGetModel,
     ResponseUpdateModel,
 )
-from fedctl.processes import find_redis_server, free_ports
+from fedctl.processes import find_redis_server
 
 DEADLINE_S = 20.0
 DETOUR = Path(__file__).with_name("detour.py")
@@ -55,14 +55,15 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLIN
 
 
 def instance_ports() -> list[int]:
-    """Return three ports, each with INSTANCES free ones behind it, outside the range that the kernel hands out."""
+    """Return six ports that the kernel does not hand out; the first three have INSTANCES free ones behind them."""
     chance = random.SystemRandom()
     while True:
-        base = chance.randrange(12_000, 32_000, 3 * INSTANCES)
+        base = chance.randrange(12_000, 32_000, 3 * INSTANCES + 3)
         with contextlib.ExitStack() as held, contextlib.suppress(OSError):
-            for port in range(base, base + 3 * INSTANCES):
+            for port in range(base, base + 3 * INSTANCES + 3):
                 held.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return [base, base + INSTANCES, base + 2 * INSTANCES]
+            single = base + 3 * INSTANCES
+            return [base, base + INSTANCES, base + 2 * INSTANCES, single, single + 1, single + 2]
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ class Cluster:
     ) -> None:
         """Prepare a job; ``overrides`` are keys of the YAML's ``round`` section, fl_name or fl_iteration_num."""
         self.directory = directory
-        self.redis_port, self.manage, self.scheduler_admin = free_ports(3)
-        self.http, self.admin, self.tcp = instance_ports()
+        self.http, self.admin, self.tcp, *others = instance_ports()
+        self.redis_port, self.manage, self.scheduler_admin = others
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.own: dict[int, Mapping[str, Any]] = {}  # number of a server -> sections where its file differs
         windows = {
