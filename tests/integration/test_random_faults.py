@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from integration.cluster import wait_until
-from integration.faults import Run, fleet_of
+from integration.faults import Fleet, Run, fleet_of
 from integration.links import Link
 from integration.oracle import (
     MODEL,
@@ -33,6 +33,7 @@ from integration.oracle import (
     steps_back,
 )
 from integration.schedule import NODE_FAULTS, SERVER_FAULTS, Action, Kind, Schedule, perform
+from integration.watching import RedisReader, status_of
 
 SOAK_S = float(os.environ.get("FEDCORE_SOAK", "60"))
 SEED = os.environ.get("FEDCORE_SEED")
@@ -95,6 +96,20 @@ def told(seed: int, log: list[str]) -> Iterator[None]:
         raise
 
 
+def last_iteration(fleet: Fleet) -> int:
+    """Wait until nothing moves any more that the clients have set going; return the last iteration that is over."""
+
+    def at_rest() -> int:
+        with RedisReader(fleet.cluster.redis_port) as redis:
+            status = status_of(redis)
+            number, instance = status["iterationNum"], redis.ask("GET", "ms_fl:job:InstanceName:String")
+            uploads = redis.ask("HLEN", f"ms_fl:job:{instance}:{number}:uploads:Hash")
+        waits = status.get("phase", "collecting") == "collecting" and int(uploads) < QUORUM
+        return int(number) if waits else 0
+
+    return wait_until(at_rest, "the last iteration ends", 30) - 1
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_random_faults(tmp_path: Path, name: str) -> None:
     setting, seconds = SETTINGS[name], SOAK_S / len(SETTINGS)
@@ -116,7 +131,7 @@ def test_random_faults(tmp_path: Path, name: str) -> None:
             fleet.wait_ready()
             run.wait_for_iterations(2, 30)
             run.stop()
-            run.see_everywhere(run.journal.newest())
+            run.see_everywhere(last_iteration(fleet))
         wipes = sum(action.kind is Kind.REDIS_WIPE for action in actions)
         report = run.judge(may_fail=lambda reason: bool(wipes) and WIPED in reason, quorum=QUORUM)
         gap = run.prober.gap(run.prober.began)
