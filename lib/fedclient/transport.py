@@ -277,6 +277,8 @@ class _Connection(http.client.HTTPConnection):
         try:
             self.request("POST", f"{self.server.prefix}/{round_}", io.BytesIO(body), headers)
         except (BrokenPipeError, ConnectionResetError):
+            if self.sock is None:
+                raise  # already the attempt to connect was reset: nobody can have answered
             return False
         return True
 

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from scripted_server import ScriptedServer
 
+from fedclient import transport
 from fedclient.transport import HttpTransport, MemoryTransport, Server
 from fedcore.errors import ConfigError
 
@@ -373,3 +374,15 @@ def test_a_memory_transport_calls():
     transport = MemoryTransport(lambda round_, body: (201, round_.encode() + body))
     assert transport.post("getModel", b"!") == (201, b"getModel!")
     transport.close()
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, BrokenPipeError])
+def test_a_connection_that_is_reset_before_it_stands_is_a_failure_like_any_other(monkeypatch, error):
+    def reset(*_):
+        raise error("the server was killed")
+
+    monkeypatch.setattr(transport._Connection, "_reach", reset)
+    client = HttpTransport("http://127.0.0.1:1")
+    with pytest.raises(ConnectionError, match="the server was killed"):
+        client.post("getModel", b"?")
+    client.close()
