@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from cluster_load import LENET
 
-from fedcore.aggregation.fedavg import Spans
+from fedcore.aggregation.sums import Spans
 from fedcore.ledger.files import create_file
 from fedcore.ledger.layout import Epoch, Shape
 from fedcore.ledger.ledger import MERGE_BATCH, Ledger
@@ -58,7 +58,7 @@ def run(shapes: dict[str, tuple[int, ...]], updates: int, directory: Path) -> di
     sums, spans = np.zeros(model.total_floats), list(Spans(model))
     stages = Stages()
     for epoch in (1, 2):  # the first warms up caches and pages
-        ledger.begin(Epoch("bench", epoch, 1, "00" * 32))
+        ledger.begin(Epoch("bench", epoch, "00" * 32))
         stages.spent.clear()
         for body in bodies:
             slot = ledger.receive()

@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from unit.ledger.histories import EVERYTHING, MODEL, SHAPE, Device, assert_holds, body_of, plain_sum, read
 
-from fedcore.aggregation.fedavg import RunningSum, Spans, mean
+from fedcore.aggregation.fedavg import FedAvg
+from fedcore.aggregation.rule import Total
+from fedcore.aggregation.sums import RunningSum, Spans
 from fedcore.ledger import layout
 from fedcore.ledger import ledger as ledger_module
 from fedcore.ledger.layout import Damaged, Epoch, SlotState
@@ -421,7 +423,8 @@ class World:
         total = RunningSum(Spans(MODEL))
         for partial in partials:
             total.add(partial, keep=True)
-        model = mean(Spans(MODEL), total.sums, total.sizes, previous)
+        made = FedAvg().finish(Total(Spans(MODEL), total.sums, total.sizes, 0, 0), previous.__getitem__)
+        model = {**previous, **dict(made)}
         sums, sizes, _ = plain_sum([self.devices[fl_id] for fl_id in self.shared.uploads])
         for (name, span), size in zip(Spans(MODEL), sizes.tolist(), strict=True):
             expected = sums[span] / size if size else previous[name]

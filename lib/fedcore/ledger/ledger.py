@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from fedcore.aggregation.fedavg import Spans
+from fedcore.aggregation.sums import Spans
 from fedcore.core.client_key import client_hash
 from fedcore.errors import LocalError, PeerError
 from fedcore.ledger import layout

@@ -6,6 +6,8 @@ Rules kept here:
 * A partial of another host is read whole into a file, verified, added and dropped: memory holds one sum and one
   partial beside the server's own. What was added counts as had, even if its server dies then.
 * The clients of every partial must be exactly those that the shared state counted in its ledger.
+* An accelerator that fails is given up for good: what was added is read back, the CPU goes on, and the model is the
+  same to the last bit. If it cannot be read back, the sum begins anew.
 """
 
 from __future__ import annotations
@@ -17,11 +19,14 @@ from typing import Any
 from twisted.internet import defer, threads
 from twisted.logger import Logger
 
-from fedcore.aggregation import fedavg
-from fedcore.aggregation.fedavg import RunningSum, Spans
+from fedcore.aggregation.arithmetic import NUMPY, AcceleratorFailed, Arithmetic
+from fedcore.aggregation.rule import Total, new_model
+from fedcore.aggregation.rules import rule_named
+from fedcore.aggregation.sums import RunningSum, Spans
+from fedcore.config import Settings
 from fedcore.core import iteration as core
 from fedcore.core.iteration import Iteration
-from fedcore.errors import FedcoreError, PeerError, StoreError
+from fedcore.errors import ConfigError, FedcoreError, PeerError, StoreError
 from fedcore.ledger.layout import Damaged, Epoch, Totals, sum_of
 from fedcore.ledger.ledger import Partial
 from fedcore.services.ledgers import Ledgers
@@ -95,8 +100,12 @@ class Reduction:
         peers: Peers,
         template: ImageTemplate,
         reactor: Any,
+        arithmetic: Arithmetic = NUMPY,
     ) -> None:
-        """Sum what is in ``ledgers``, in the own ledger that ``intake`` seals, and at ``peers``."""
+        """Sum what is in ``ledgers``, in the own ledger that ``intake`` seals, and at ``peers``.
+
+        The rule is FedAvg until ``follow_terms`` names another one.
+        """
         self._node_id = node_id
         self._ledgers = ledgers
         self._intake = intake
@@ -104,6 +113,8 @@ class Reduction:
         self._template = template
         self._spans = Spans(template.layout)
         self._reactor = reactor
+        self._arithmetic = arithmetic
+        self._rule = rule_named("FedAvg")
         self._sum: _Sum | None = None
         self._short: tuple[tuple[str, int, int], float] | None = (
             None  # which attempt is below the quorum, since when
@@ -114,6 +125,24 @@ class Reduction:
     def had(self) -> frozenset[str]:
         """Ledgers that are added to the sum under way."""
         return frozenset() if self._sum is None else frozenset(self._sum.totals)
+
+    def follow_terms(self, settings: Settings) -> None:
+        """Take the rule of the settings that are in force.
+
+        Raises:
+            ConfigError: the model does not have what the rule keeps.
+        """
+        terms = settings.aggregation
+        rule = rule_named(terms.aggregation_type.value, terms.total_client_num)
+        missing = [
+            w.name for w in rule.keeps(self._template.layout) if w.name not in self._template.layout.by_name
+        ]
+        if missing:
+            raise ConfigError(
+                f"the cluster aggregates by {terms.aggregation_type}, and this server's model has no {missing[0]!r}",
+                hint="set aggregation.aggregation_type to the cluster's on all servers and start them again",
+            )
+        self._rule = rule
 
     def forget(self) -> None:
         """Drop the sum under way."""
@@ -175,7 +204,10 @@ class Reduction:
             lasting = self._is_short((cluster.keys.instance, number, now.attempt))
             return core.ReductionFailed(core.status_lost(number)) if lasting and not everybody else None
         self._short = None
-        return await self._add_all(cluster, now, epoch, previous, sources, counted)
+        try:
+            return await self._add_all(cluster, now, epoch, previous, sources, counted)
+        except AcceleratorFailed:
+            return None
 
     def _is_short(self, attempt: tuple[str, int, int]) -> bool:
         """Tell whether an attempt has been below the quorum for DOUBT_S, as a sealed one is after a loss of data."""
@@ -247,7 +279,7 @@ class Reduction:
     ) -> Reduced | core.ReductionFailed | core.UpdatesLost | None:
         attempt = (cluster.keys.instance, now.number, now.attempt)
         if self._sum is None or self._sum.attempt != attempt or not self.had <= counted.keys():
-            self._sum = _Sum(attempt, RunningSum(self._spans))
+            self._sum = _Sum(attempt, RunningSum(self._spans, self._arithmetic))
         total = self._sum
         for ledger_id in sorted(counted):
             if ledger_id in total.totals:
@@ -265,17 +297,18 @@ class Reduction:
         if wrong is not None:
             self._sum = None
             return wrong
-        image, finite = await self._heavy(lambda: self._mean(total, previous))
+        image, finite = await self._compute(total, lambda: self._finish(total, previous))
         if self._sum is total:
             self._sum = None
         if not finite:
             return core.ReductionFailed(core.aggregation_failed(now.number))
         return Reduced(image, sum_of(list(total.totals.values())))
 
-    def _mean(self, total: _Sum, previous: ModelImage) -> tuple[ModelImage, bool]:
+    def _finish(self, total: _Sum, previous: ModelImage) -> tuple[ModelImage, bool]:
         """Return the new model, its digest computed, and whether all its values are finite."""
-        weights = fedavg.mean(self._spans, total.sums.sums, total.sums.sizes, previous.arrays)
-        image = self._template.image(weights)
+        sums, updates = total.sums, sum_of(total.totals.values())
+        whole = Total(self._spans, sums.sums, sums.sizes, updates.count, updates.data_size, sums.arithmetic)
+        image = self._template.image(new_model(self._rule, whole, previous.arrays))
         return image, bool(image.digest) and all(all_finite(values) for values in image.arrays.values())
 
     async def _add(
@@ -283,7 +316,7 @@ class Reduction:
     ) -> bool | None:
         """Add one partial; False if it is damaged, None if it cannot be had now."""
         if source.partial is not None:
-            await self._heavy(lambda: self._include(total, source.partial, keep=True))
+            await self._compute(total, lambda: self._include(total, source.partial, keep=True))
             return True
         assert source.offer is not None
         offer = source.offer
@@ -295,7 +328,9 @@ class Reduction:
         try:
             await self._peers.copy_partial(source.peer, offer, *attempt, copy)
             partial = await self._heavy(lambda: copy.finish(self._template.layout, epoch))
-            await self._heavy(lambda: self._include(total, partial, keep=False))
+            await self._compute(total, lambda: self._include(total, partial, keep=False))
+        except AcceleratorFailed:
+            raise
         except (FedcoreError, OSError) as error:
             self.log.warn(
                 "the partial of {peer} could not be read: {error}", peer=source.peer, error=str(error)
@@ -330,6 +365,25 @@ class Reduction:
             )
             return core.ReductionFailed(core.server_exited(now.number))
         return None
+
+    async def _compute(self, total: _Sum, work: Callable[[], Any]) -> Any:
+        """Run work on the sum under way, on the CPU if the accelerator fails.
+
+        Raises:
+            AcceleratorFailed: what it had added is lost, and the sum is dropped.
+        """
+        try:
+            return await self._heavy(work)
+        except AcceleratorFailed as error:
+            self.log.warn("the sums go on on the CPU: {error}", error=str(error))
+            self._arithmetic = NUMPY
+        try:
+            await self._heavy(lambda: total.sums.move(NUMPY))
+        except AcceleratorFailed:
+            if self._sum is total:
+                self._sum = None
+            raise
+        return await self._heavy(work)
 
     async def _heavy(self, work: Callable[[], Any]) -> Any:
         """Run work that takes long for large models in a thread."""

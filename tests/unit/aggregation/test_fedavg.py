@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise, product
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.aggregation.fedavg import Doubles, RunningSum, Spans, mean
+from fedcore.aggregation.arithmetic import Doubles
+from fedcore.aggregation.fedavg import FedAvg
+from fedcore.aggregation.rule import Total
+from fedcore.aggregation.sums import RunningSum, Spans
 from fedcore.wire.arrays import Floats, Layout, Weight
 
 LAYOUT = Layout(
@@ -70,11 +73,16 @@ def partial(updates: Sequence[Update]) -> Partial:
 
 
 def mean_of(partials: Sequence[Partial], keep: bool = True) -> dict[str, npt.NDArray[np.floating]]:
-    """The model of all partials, added one after another."""
+    """The model of all partials, added one after another, before it is rounded."""
     total = RunningSum(SPANS)
     for part in partials:
         total.add(part, keep=keep)
-    return mean(SPANS, total.sums, total.sizes, PREVIOUS)
+    return finished(total.sums, total.sizes)
+
+
+def finished(sums: Doubles, sizes: npt.NDArray[np.uint64]) -> dict[str, npt.NDArray[np.floating]]:
+    total = Total(SPANS, sums, sizes, 0, 0)  # FedAvg looks at no other figures
+    return {**PREVIOUS, **dict(FedAvg().finish(total, PREVIOUS.__getitem__))}
 
 
 def exact(updates: Sequence[Update], name: str, element: int) -> Fraction | None:
@@ -103,17 +111,6 @@ ANY_UPDATE = st.tuples(
 )
 
 
-class TestSpans:
-    def test_aggregated_weights_lie_one_after_another_in_the_order_of_their_names(self) -> None:
-        assert SPANS.names == ("bias", "conv", "head")
-        assert dict(SPANS) == {"bias": slice(0, 1), "conv": slice(1, 7), "head": slice(7, 12)}
-        assert SPANS.total == 12
-
-    def test_a_model_without_aggregated_weights(self) -> None:
-        spans = Spans(Layout((Weight("w", (2,), aggregated=False),)))
-        assert (spans.names, spans.total, list(spans)) == ((), 0, [])
-
-
 @given(st.lists(ANY_UPDATE, max_size=10), st.lists(st.integers(0, 10), max_size=3))
 def test_the_mean_is_that_of_those_who_sent_the_weight(
     shapes: list[tuple[int, int, list[str]]], cuts: list[int]
@@ -123,68 +120,6 @@ def test_the_mean_is_that_of_those_who_sent_the_weight(
     bounds = [0, *sorted(min(cut, len(updates)) for cut in cuts), len(updates)]
     partials = [partial(updates[a:b]) for a, b in pairwise(bounds)]
     assert_is_the_mean(mean_of(partials), updates)
-
-
-class TestRunningSum:
-    def parts(self, count: int) -> list[Partial]:
-        return [partial(updates_of([(i, 10 + i, NAMES)])) for i in range(count)]
-
-    @pytest.mark.parametrize("keeps", list(product((True, False), repeat=3)))
-    def test_is_that_of_all_whichever_stay(self, keeps: tuple[bool, ...]) -> None:
-        total, expected = RunningSum(SPANS), np.zeros(SPANS.total)
-        for part, keep in zip(self.parts(3), keeps, strict=True):
-            expected = expected + part.sums
-            total.add(part, keep=keep)
-            if not keep:  # its file is gone, and something else is there
-                part.sums[:], part.sizes[:] = np.nan, 99
-        assert total.sums.tobytes() == expected.tobytes()
-        assert total.sizes.tolist() == [10 + 11 + 12] * 3
-
-    @pytest.mark.parametrize("keep", [True, False])
-    @pytest.mark.parametrize("count", [1, 2, 3])
-    def test_leaves_partials_alone(self, count: int, keep: bool) -> None:
-        parts = self.parts(count)
-        before = [(part.sums.copy(), part.sizes.copy()) for part in parts]
-        total = RunningSum(SPANS)
-        for part in parts:
-            total.add(part, keep=keep)
-        for part, (sums, sizes) in zip(parts, before, strict=True):
-            np.testing.assert_array_equal(part.sums, sums)
-            np.testing.assert_array_equal(part.sizes, sizes)
-
-    def test_copies_a_single_partial_only_if_it_does_not_stay(self) -> None:
-        (part,) = self.parts(1)
-        for keep in (True, False):
-            total = RunningSum(SPANS)
-            total.add(part, keep=keep)
-            assert np.shares_memory(total.sums, part.sums) is keep
-            assert total.sizes.tolist() == part.sizes.tolist()
-
-    def test_without_memory_nothing_is_added(self) -> None:
-        """The caller may try that partial again."""
-
-        class TooLarge(Partial):
-            @property
-            def sums(self) -> Doubles:  # type: ignore[override]
-                raise MemoryError
-
-        first, second = self.parts(2)
-        total = RunningSum(SPANS)
-        total.add(first, keep=True)
-        vast = object.__new__(TooLarge)
-        vast.sizes = second.sizes
-        with pytest.raises(MemoryError):
-            total.add(vast, keep=False)
-        assert total.sizes.tolist() == first.sizes.tolist()
-        total.add(second, keep=False)
-        assert total.sums.tolist() == (first.sums + second.sums).tolist()
-
-    def test_of_a_model_in_which_nothing_is_summed(self) -> None:
-        spans = Spans(Layout((Weight("w", (2,), aggregated=False),)))
-        total = RunningSum(spans)
-        for _ in range(2):
-            total.add(Partial(np.zeros(0), np.zeros(0, np.uint64)), keep=False)
-        assert mean(spans, total.sums, total.sizes, {"w": np.ones(2, np.float32)})["w"].tolist() == [1, 1]
 
 
 @given(st.lists(ANY_UPDATE, min_size=1, max_size=6))
@@ -249,4 +184,4 @@ class TestWhatStays:
     def test_sizes_beyond_double_precision_are_exact_integers(self) -> None:
         sums = np.full(SPANS.total, 2.0**60)
         sizes = np.full(len(SPANS.names), 2**60, np.uint64)
-        np.testing.assert_array_equal(mean(SPANS, sums, sizes, PREVIOUS)["head"], np.ones(5))
+        np.testing.assert_array_equal(finished(sums, sizes)["head"], np.ones(5))

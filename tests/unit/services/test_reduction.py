@@ -1,0 +1,294 @@
+"""The sum of partials, of this server and of another host: every rule, and accelerators that fail at any moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from twisted.internet import defer
+from twisted.logger import capturedLogs
+from twisted.python.failure import Failure
+from unit.ledger.tracing import Tracing
+
+from fedcore.aggregation.arithmetic import (
+    NUMPY,
+    AcceleratorFailed,
+    Arithmetic,
+    NumpyArithmetic,
+    TorchArithmetic,
+)
+from fedcore.config import AggregationType, Settings
+from fedcore.core.client_key import client_key
+from fedcore.core.iteration import Iteration
+from fedcore.errors import ConfigError
+from fedcore.ledger.copy import PartialCopy
+from fedcore.ledger.layout import Epoch, Shape
+from fedcore.ledger.ledger import Ledger, Partial, Update
+from fedcore.services.peers import offer_of
+from fedcore.services.reduction import Reduced, Reduction
+from fedcore.store.keys import InstanceKeys
+from fedcore.wire.arrays import Layout, Weight
+from fedcore.wire.image import ImageTemplate, ModelImage
+from fedcore.wire.node_messages import PartialOffer
+
+EPOCH = Epoch("i", 3, "ab" * 32)
+NOW = Iteration(3, base=EPOCH.base)
+PLAIN = (Weight("a", (2,)), Weight("b", ()), Weight("frozen", (1,), aggregated=False))
+CONTROLS = tuple(replace(weight, name=f"control.{weight.name}") for weight in PLAIN)
+OTHER = "10.0.0.2:1::b"
+POPULATION = 10
+
+
+class Inline:
+    """A reactor whose thread does its work at once."""
+
+    def getThreadPool(self) -> Inline:
+        return self
+
+    def callInThreadWithCallback(self, told: Callable[[bool, Any], None], work: Callable[[], Any]) -> None:
+        try:
+            result = work()
+        except Exception:
+            told(False, Failure())
+        else:
+            told(True, result)
+
+    def callFromThread(self, function: Callable[..., Any], *arguments: Any) -> None:
+        function(*arguments)
+
+
+@dataclass
+class World:
+    """Three ledgers: the own one, one adopted from a dead neighbour, one at a peer.
+
+    It stands for Ledgers, UpdateIntake, Peers and ClusterState as far as Reduction asks them; ledgers, copies of
+    partials, sums and images are real.
+    """
+
+    directory: Path
+    layout: Layout
+    partials: list[Partial]
+    held: dict[str, list[str]]  # ledger id -> clients
+    keys: InstanceKeys = field(default_factory=lambda: InstanceKeys("job", "i"))
+    copied: int = 0
+    adopted: dict[str, Partial] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.own, adopted, self.distant = self.partials
+        self.adopted[adopted.ledger_id] = adopted
+
+    async def seal(self, *where: Any) -> Any:
+        """Of the intake: this server's partial; of the peer: what it offers."""
+        return self.own if len(where) == 2 else [offer_of(self.distant)]
+
+    async def adopt(self, *which: Any) -> None:
+        """Everything is adopted already."""
+
+    async def uploads(self, number: int) -> dict[str, str]:
+        return {client_key(c): ledger for ledger, clients in self.held.items() for c in clients}
+
+    async def uploads_by_ledger(self, number: int) -> dict[str, int]:
+        return {ledger: len(clients) for ledger, clients in self.held.items()}
+
+    async def ledgers(self) -> dict[str, str]:
+        return {self.distant.ledger_id: OTHER}
+
+    def copy(self, head: bytes, start: int, length: int) -> PartialCopy:
+        return PartialCopy(self.directory, head, start, length, False)
+
+    async def copy_partial(
+        self, peer: str, offer: PartialOffer, instance: str, iteration: int, attempt: int, copy: PartialCopy
+    ) -> None:
+        self.copied += 1
+        copy.fill(0, self.distant.content)
+
+
+def update(number: int, names: list[str], layout: Layout) -> Update:
+    chance = np.random.default_rng(number)
+    values = {name: chance.standard_normal(layout.by_name[name].size).astype(np.float32) for name in names}
+    return Update(f"client-{number}", values, 3 + number, 0, 0.5, 0.25)
+
+
+def world(directory: Path, layout: Layout) -> tuple[World, list[Update]]:
+    """Six updates in three ledgers; one leaves weights out, and nobody sends ``b`` but the last."""
+    everything = [weight.name for weight in layout if "b" not in weight.name.split(".")]
+    updates = [update(number, everything, layout) for number in range(5)]
+    updates.append(update(5, [n for n in layout.by_name if n != "a"], layout))
+    partials, held = [], {}
+    for place in range(3):
+        shape = Shape.of(layout, "job", 9, 4, 4096)
+        ledger = Ledger.create(Tracing(shape.size), layout, shape)
+        ledger.begin(EPOCH)
+        mine = updates[place::3]
+        for each in mine:
+            slot = ledger.receive()
+            assert slot is not None
+            ledger.record(slot, each.fl_id, each.loss, each.accuracy)
+            ledger.accept(slot, each)
+        ledger.merge()
+        partials.append(ledger.seal())
+        held[ledger.id] = [each.fl_id for each in mine]
+    return World(directory, layout, partials, held), updates
+
+
+def reduction_of(there: World, arithmetic: Arithmetic = NUMPY, rule: str = "FedAvg") -> Reduction:
+    stands_for: Any = there
+    reactor: Any = Inline()
+    template = ImageTemplate(there.layout)
+    made = Reduction("me", stands_for, stands_for, stands_for, template, reactor, arithmetic)
+    made.follow_terms(terms(rule))
+    return made
+
+
+def terms(rule: str) -> Settings:
+    settings = Settings()
+    changed = replace(
+        settings.aggregation, aggregation_type=AggregationType(rule), total_client_num=POPULATION
+    )
+    return replace(settings, aggregation=changed)
+
+
+def before(layout: Layout) -> ModelImage:
+    return ImageTemplate(layout).image({w.name: np.full(w.size, 2.0, np.float32) for w in layout})
+
+
+def reduce(reduction: Reduction, there: World) -> Any:
+    cluster: Any = there
+    return result_of(reduction.reduce(cluster, NOW, EPOCH, before(there.layout), 6, lambda: []))
+
+
+def result_of(work: Coroutine[Any, Any, Any]) -> Any:
+    outcome: list[Any] = []
+    defer.Deferred.fromCoroutine(work).addBoth(outcome.append)
+    if isinstance(outcome[0], Failure):
+        outcome[0].raiseException()
+    return outcome[0]
+
+
+@pytest.mark.parametrize("rule", ["FedAvg", "FedProx", "Scaffold", "FedNova"])
+@pytest.mark.parametrize("device", ["numpy", "cpu"])
+def test_a_model_of_three_ledgers(rule: str, device: str, tmp_path: Path) -> None:
+    """Each rule's formula in one line, over the updates as they were sent."""
+    if device != "numpy":
+        pytest.importorskip("torch")
+    layout = Layout((*PLAIN, *(CONTROLS if rule == "Scaffold" else ())))
+    there, updates = world(tmp_path, layout)
+    arithmetic = NUMPY if device == "numpy" else TorchArithmetic(device)
+    reduced = reduce(reduction_of(there, arithmetic, rule), there)
+    assert isinstance(reduced, Reduced)
+    assert (reduced.totals.count, there.copied) == (6, 1)
+    assert list(tmp_path.iterdir()) == []  # the copy of the peer's partial is gone
+    for weight in layout:
+        sent = [u for u in updates if weight.name in u.weights]
+        total = np.sum([u.weights[weight.name].astype(np.float64) for u in sent], axis=0)
+        if not weight.aggregated:
+            expected = np.full(weight.size, 2.0)
+        elif rule == "FedNova":
+            expected = 2.0 + sum(u.data_size for u in updates) * total / len(updates) ** 2
+        elif weight.name.startswith("control."):
+            expected = 2.0 + total / POPULATION
+        else:
+            expected = total / sum(u.data_size for u in sent)
+        np.testing.assert_allclose(reduced.image.arrays[weight.name], expected, rtol=1e-6)
+
+
+class Failing(NumpyArithmetic):
+    """Fails from its n-th operation on, as a device without memory does; a broken one gives nothing back either."""
+
+    def __init__(self, works: int, broken: bool = False) -> None:
+        self.works, self.broken = works, broken
+        self.asked = 0
+
+    def _use(self) -> None:
+        self.asked += 1
+        if self.asked > self.works:
+            raise AcceleratorFailed("CUDA out of memory")
+
+    def take(self, values: Any, *, share: bool) -> tuple[Any, bool]:
+        if values.size:  # not what a sum begins with
+            self._use()
+        return super().take(values, share=share)
+
+    def add(self, total: Any, values: Any) -> None:
+        self._use()
+        super().add(total, values)
+
+    def doubles(self, values: Any) -> Any:
+        self._use()
+        return super().doubles(values)
+
+    def floats(self, values: Any) -> Any:
+        self._use()
+        return super().floats(values)
+
+    def host(self, values: Any) -> Any:
+        if self.broken and self.asked > self.works:
+            raise AcceleratorFailed("CUDA error: unspecified launch failure")
+        return super().host(values)
+
+
+SCAFFOLD = Layout((*PLAIN, *CONTROLS))
+
+
+def operations(there: World) -> int:
+    """How many there are depends on the order of the ledgers' ids."""
+    counting = Failing(1000)
+    reduce(reduction_of(there, counting, "Scaffold"), there)
+    return counting.asked
+
+
+def test_an_accelerator_without_memory_at_any_moment(tmp_path: Path) -> None:
+    """The CPU goes on with what was added: nothing is read twice, and the model is the same to the bit."""
+    there, _ = world(tmp_path, SCAFFOLD)
+    steps = operations(there)
+    assert steps > 8
+    expected = reduce(reduction_of(there, NUMPY, "Scaffold"), there).image.digest
+    for works in range(steps):
+        there.copied = 0
+        failing = Failing(works)
+        reduction = reduction_of(there, failing, "Scaffold")
+        with capturedLogs() as logged:
+            assert reduce(reduction, there).image.digest == expected
+        assert there.copied == 1
+        asked = failing.asked
+        assert reduce(reduction, there).image.digest == expected
+        assert failing.asked == asked  # it is given up for good
+        told = [event for event in logged if event["log_level"].name == "warn"]
+        assert [str(event["error"]) for event in told] == ["CUDA out of memory"]
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_an_accelerator_that_loses_what_was_added(tmp_path: Path) -> None:
+    """The sum begins anew, on the CPU; the first try says to try again."""
+    there, _ = world(tmp_path, SCAFFOLD)
+    expected = reduce(reduction_of(there, NUMPY, "Scaffold"), there).image.digest
+    for works in range(operations(there)):
+        reduction = reduction_of(there, Failing(works, broken=True), "Scaffold")
+        with capturedLogs() as logged:
+            assert reduce(reduction, there) is None
+        told = [event for event in logged if event["log_level"].name == "warn"]
+        assert [str(event["error"]) for event in told] == ["CUDA out of memory"]  # and no peer is blamed
+        assert reduction.had == frozenset()
+        assert list(tmp_path.iterdir()) == []
+        assert reduce(reduction, there).image.digest == expected
+
+
+class TestTerms:
+    def test_a_rule_that_keeps_what_the_model_lacks_ends_the_start(self, tmp_path: Path) -> None:
+        there, _ = world(tmp_path, Layout(PLAIN))
+        fault = "aggregates by Scaffold, and this server's model has no 'control.a'.*on all servers"
+        with pytest.raises(ConfigError, match=fault):
+            reduction_of(there, NUMPY, "Scaffold")
+
+    def test_in_force_are_the_last_ones(self, tmp_path: Path) -> None:
+        there, _ = world(tmp_path, Layout(PLAIN))
+        reduction = reduction_of(there)
+        mean = reduce(reduction, there).image.digest
+        reduction.follow_terms(terms("FedNova"))
+        assert reduce(reduction, there).image.digest != mean
+        reduction.follow_terms(terms("FedProx"))
+        assert reduce(reduction, there).image.digest == mean
