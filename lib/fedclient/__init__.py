@@ -1,23 +1,33 @@
-"""The device side: implement a Trainer, hand it to a Client."""
+"""The side of those who train: implement a Trainer for a Client, or a SiloTrainer for a CloudWorker."""
 
 from fedclient.client import Client, IterationReport, Summary
+from fedclient.cloud import CloudWorker
+from fedclient.rules import Rule, with_absolute_changes
+from fedclient.schedule import Adaptive
 from fedclient.session import Policy
+from fedclient.silo import LocalStep, SiloTrainer
 from fedclient.steps import IterationOutcome, Outcome
 from fedclient.trainer import FitConfig, FitResult, Trainer, Weights
 from fedclient.transport import HttpTransport, MemoryTransport, Transport
 
 __all__ = [
+    "Adaptive",
     "Client",
+    "CloudWorker",
     "FitConfig",
     "FitResult",
     "HttpTransport",
     "IterationOutcome",
     "IterationReport",
+    "LocalStep",
     "MemoryTransport",
     "Outcome",
     "Policy",
+    "Rule",
+    "SiloTrainer",
     "Summary",
     "Trainer",
     "Transport",
     "Weights",
+    "with_absolute_changes",
 ]

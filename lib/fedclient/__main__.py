@@ -15,14 +15,16 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import click
 
 from fedclient.client import Client, IterationReport
+from fedclient.cloud import PATIENCE, SYNC_TYPES, CloudWorker
+from fedclient.rules import Rule
 from fedclient.session import Policy
 from fedclient.steps import Outcome
-from fedclient.trainer import Trainer
 from fedcore.errors import ConfigError
 
 EXAMPLES = """
@@ -32,10 +34,18 @@ Examples:
   fl-client --server http://10.0.0.1:6666 --trainer mytrainer:Digits --fl-name digits
   fl-client --server https://fl-1:6666 --server https://fl-2:6666 --ca-file ca.pem \\
             --trainer mytrainer:Digits --set shard=3 --set data=/var/lib/digits --json
+  fl-client --server http://10.0.0.1:6666 --trainer mysilo:Digits --rule Scaffold --sync-frequency 50
 
-A trainer is a class with load(), fit() and evaluate(), see fedclient.Trainer. Its module is looked for in
-the current directory first. A first SIGINT or SIGTERM stops the client as soon as the trainer's code returns,
-a second one at once.
+A trainer is a class with load(), fit() and evaluate(), see fedclient.Trainer. With --rule this is a cloud
+worker of a CLOUD_TRAINING job, and its trainer has step() for fit(), see fedclient.SiloTrainer. The module is
+looked for in the current directory first. A first SIGINT or SIGTERM stops the client as soon as the trainer's
+code returns, a second one at once.
+
+\b
+Exit codes:
+  0   the job ended, or a signal stopped the client
+  1   it failed, such as by an exception of the trainer
+  2   the command line cannot be used
 """
 
 
@@ -45,8 +55,8 @@ class UsageFault(click.ClickException):
     exit_code = 2
 
 
-def make_trainer(path: str, settings: dict[str, Any]) -> Trainer:
-    """Import ``module:Class`` and call it with keyword arguments.
+def make_trainer(path: str, settings: dict[str, Any], methods: tuple[str, ...]) -> Any:
+    """Import ``module:Class`` and call it with keyword arguments; it must have these methods.
 
     Raises:
         UsageFault: there is no such class, or it cannot be imported or made.
@@ -56,13 +66,25 @@ def make_trainer(path: str, settings: dict[str, Any]) -> Trainer:
         raise UsageFault(f"--trainer {path}: written as module:Class")
     try:
         made = getattr(importlib.import_module(module_name), class_name)(**settings)
+    except ModuleNotFoundError as error:
+        raise UsageFault(
+            f"--trainer {path}: {error} ({_missing_module(error.name or '', module_name)})"
+        ) from error
     except Exception as error:  # whatever foreign code raises
         logging.getLogger("fedclient").debug("the trainer cannot be made", exc_info=True)
         raise UsageFault(f"--trainer {path}: {type(error).__name__}: {error}") from error
-    missing = [name for name in ("load", "fit", "evaluate") if not callable(getattr(made, name, None))]
+    missing = [name for name in methods if not callable(getattr(made, name, None))]
     if missing:
-        raise UsageFault(f"--trainer {path}: it has no {'(), '.join(missing)}()")
-    return made  # type: ignore[no-any-return]
+        what = "SiloTrainer" if "step" in methods else "Trainer"
+        raise UsageFault(f"--trainer {path}: it has no {'(), '.join(missing)}() (see fedclient.{what})")
+    return made
+
+
+def _missing_module(missing: str, trainers: str) -> str:
+    """Return the remedy where a module is missing: the trainer's own one, or one that it needs."""
+    if f"{trainers}.".startswith(f"{missing}."):
+        return "looked for in the working directory, then in PYTHONPATH and the installed packages"
+    return f"install what has the module {missing}; the trainer's module imports it"
 
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
@@ -154,6 +176,28 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
     help="Longest wait for a connection; a reply may take three times as long.",
 )
 @click.option(
+    "--rule",
+    type=click.Choice([*Rule], case_sensitive=False),
+    help="Be a cloud worker; the aggregation_type of the server.",
+)
+@click.option(
+    "--sync-frequency", type=int, metavar="STEPS", help="Cloud worker: local steps between two uploads."
+)
+@click.option(
+    "--sync-type",
+    type=click.Choice(SYNC_TYPES),
+    default="fixed",
+    show_default=True,
+    help="Cloud worker: whether the steps between two uploads grow fewer as the workers diverge.",
+)
+@click.option(
+    "--iid-rate",
+    type=float,
+    default=0.0,
+    metavar="SHARE",
+    help="Cloud worker: FedProx's pull to the global model.",
+)
+@click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
     default="info",
@@ -170,10 +214,14 @@ def main(
     rotate: bool,
     poll_interval: float,
     timeout: float,
+    rule: str | None,
+    sync_frequency: int | None,
+    sync_type: str,
+    iid_rate: float,
     log_level: str,
     as_json: bool,
 ) -> NoReturn:
-    """Train a model together with other devices; the data stay here.
+    """Train a model together with other devices, or with other silos; the data stay here.
 
     All options are understood with - or _ in their names (--fl-name, --fl_name).
     """
@@ -181,19 +229,39 @@ def main(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
     sys.path.insert(0, os.getcwd())
-    made = make_trainer(trainer, parse_settings(pairs))
+    common: dict[str, Any] = {
+        "fl_name": fl_name,
+        "on_iteration": print_json if as_json else None,
+        "timeout": timeout,
+        "ca_file": ca_file,
+        "rotate": rotate,
+    }
+    settings = parse_settings(pairs)
+    client: Client | CloudWorker
     try:
-        client = Client(
-            made,
-            servers,
-            fl_name=fl_name,
-            client_id=client_id,
-            policy=Policy(poll_interval=poll_interval),
-            on_iteration=print_json if as_json else None,
-            timeout=timeout,
-            ca_file=ca_file,
-            rotate=rotate,
-        )
+        if rule is None:
+            if sync_frequency is not None or sync_type != "fixed" or iid_rate:
+                raise UsageFault(
+                    "--sync-frequency, --sync-type and --iid-rate are for cloud workers: add --rule"
+                )
+            device = make_trainer(trainer, settings, ("load", "fit", "evaluate"))
+            policy = Policy(poll_interval=poll_interval)
+            client = Client(device, servers, client_id=client_id, policy=policy, **common)
+        else:
+            if sync_frequency is None:
+                raise UsageFault("a cloud worker needs --sync-frequency")
+            silo = make_trainer(trainer, settings, ("load", "step", "evaluate"))
+            client = CloudWorker(
+                silo,
+                servers,
+                rule=rule,
+                sync_frequency=sync_frequency,
+                sync_type=sync_type,
+                iid_rate=iid_rate,
+                worker_id=client_id,
+                policy=replace(PATIENCE, poll_interval=poll_interval),
+                **common,
+            )
     except ConfigError as error:
         raise UsageFault(str(error)) from error
     with stopping_on_signals(client.stop):

@@ -102,6 +102,8 @@ class Client:
         monotonic: seconds, for durations.
         sleep: waits so many seconds; None: until ``stop`` at most.
         chance: random number in 0..1 that spreads repeats.
+        session: another way to take part than a device's; made for this ``fl_name`` and ``client_id``.
+        fit_name: the method that the user wrote for the training, for messages.
 
     Raises:
         ConfigError: the URLs or the CA file cannot be used.
@@ -123,16 +125,19 @@ class Client:
         monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] | None = None,
         chance: Callable[[], float] = random.random,
+        session: Session | None = None,
+        fit_name: str = "fit",
     ) -> None:
         self.client_id = client_id or str(uuid.uuid4())
         self.fl_name = fl_name or type(trainer).__name__
         self._trainer = trainer
+        self._fit_name = fit_name
         self._transport = (
             HttpTransport(server, timeout, ca_file, rotate=rotate, first=zlib.crc32(self.client_id.encode()))
             if isinstance(server, str | Sequence)
             else server
         )
-        self._session = Session(self.fl_name, self.client_id, policy)
+        self._session = session or Session(self.fl_name, self.client_id, policy)
         self._on_iteration = on_iteration
         self._clock = clock
         self._monotonic = monotonic
@@ -153,6 +158,11 @@ class Client:
             return self._run()
         finally:
             self._transport.close()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether ``stop`` was called."""
+        return self._stopping.is_set()
 
     def stop(self) -> None:
         """End ``run`` soon: at once while it waits or talks to a server, else when the trainer returns.
@@ -186,7 +196,7 @@ class Client:
                 )
             case Fit():
                 return self._attempt(
-                    "fit", lambda: self._trainer.fit(action.weights, action.config), self._fitted
+                    self._fit_name, lambda: self._trainer.fit(action.weights, action.config), self._fitted
                 )
             case IterationDone():
                 self._report(action)

@@ -8,7 +8,7 @@ equality, so that no model can contain one by accident; a body that is not the r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -28,7 +28,8 @@ from fedcore.wire.messages import (
 
 MAX_TEXT = 512  # bytes; longer bodies are never one of the texts below
 MAX_REASON = 200  # characters of foreign text that reach a log
-SERVER_MODES = ("FEDERATED_LEARNING", "HYBRID_TRAINING")
+DEVICE_MODES = ("FEDERATED_LEARNING", "HYBRID_TRAINING")
+WORKER_MODES = ("CLOUD_TRAINING",)
 PLAIN = (None, "", "NOT_ENCRYPT")
 
 
@@ -117,21 +118,31 @@ def weights_of(items: tuple[FeatureMap, ...] | None) -> dict[str, Floats]:
     Raises:
         MalformedRequest: no weight at all, one without name or values, or two of one name.
     """
-    weights: dict[str, Floats] = {}
-    for item in items or ():
-        if item.weight_fullname is None or item.data is None or item.weight_fullname in weights:
-            raise MalformedRequest("a weight has no name, no values or a name used twice")
-        weights[item.weight_fullname] = item.data
+    weights = some_weights_of(items)
     if not weights:
         raise MalformedRequest("the reply holds no weights")
     return weights
 
 
-def fault_of(reply: ResponseFLJob, plan: FLPlan) -> str:
-    """Say why this device cannot follow a plan; empty if it can."""
+def some_weights_of(items: tuple[FeatureMap, ...] | None) -> dict[str, Floats]:
+    """Return the weights of a reply that need not hold any.
+
+    Raises:
+        MalformedRequest: one is without name or values, or two have one name.
+    """
+    weights: dict[str, Floats] = {}
+    for item in items or ():
+        if item.weight_fullname is None or item.data is None or item.weight_fullname in weights:
+            raise MalformedRequest("a weight has no name, no values or a name used twice")
+        weights[item.weight_fullname] = item.data
+    return weights
+
+
+def fault_of(reply: ResponseFLJob, plan: FLPlan, modes: Collection[str] = DEVICE_MODES) -> str:
+    """Say why whoever trains in these server modes cannot follow a plan; empty if it can."""
     cipher = plan.cipher.encrypt_type if plan.cipher else None
     faults = {
-        f"the server's mode is {plan.server_mode!r}": plan.server_mode not in SERVER_MODES,
+        f"the server's mode is {plan.server_mode!r}": plan.server_mode not in modes,
         f"the plan asks for {cipher!r}, this client trains NOT_ENCRYPT": cipher not in PLAIN,
         "the weights are compressed unasked": reply.download_compress_type != CompressType.NO_COMPRESS,
         f"the iteration is {reply.iteration}": reply.iteration < 1,

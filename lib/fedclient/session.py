@@ -17,14 +17,14 @@ compression); a plan that asks for more ends the session with that reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum, auto
 from typing import Any, ClassVar
 
 import numpy as np
 
-from fedclient.replies import Verdict, clip, come_back, fault_of, judge, weights_of
+from fedclient.replies import DEVICE_MODES, Verdict, clip, come_back, fault_of, judge, weights_of
 from fedclient.steps import (
     Action,
     Evaluate,
@@ -46,8 +46,8 @@ from fedclient.steps import (
     TrainerFailed,
 )
 from fedclient.trainer import FitConfig, Weights
-from fedcore.errors import ArrayError, ConfigError, LocalError, MalformedRequest
-from fedcore.wire.arrays import Floats, Layout, check_update
+from fedcore.errors import ArrayError, ConfigError, LocalError, MalformedRequest, NonFinite
+from fedcore.wire.arrays import Floats, Layout, all_finite, check_update
 from fedcore.wire.codec import encode
 from fedcore.wire.messages import (
     CompressType,
@@ -61,6 +61,9 @@ from fedcore.wire.messages import (
     ResponseGetModel,
     ResponseUpdateModel,
     Round,
+    UnsupervisedEvalFlg,
+    UnsupervisedEvalItem,
+    UnsupervisedEvalItems,
 )
 
 MAX_DATA_SIZE = 65_535  # training samples; more is refused by every server
@@ -133,6 +136,22 @@ def scaled(result: Weights, model: Weights, data_size: int) -> tuple[FeatureMap,
     return tuple(FeatureMap(name, update[name]) for name in model if name in update)
 
 
+def evaluation_of(vector: Floats | None) -> UnsupervisedEvalItems | None:
+    """Return a trainer's evaluation vector as it travels, None if there is none.
+
+    Raises:
+        NonFinite: NaN or infinity.
+        TypeError, ValueError: not an array of numbers.
+    """
+    if vector is None:
+        return None
+    with np.errstate(over="ignore"):
+        values = np.asarray(vector).reshape(-1).astype(np.float32, casting="same_kind")
+    if not all_finite(values):
+        raise NonFinite("the evaluation vector holds NaN or infinity")
+    return UnsupervisedEvalItems((UnsupervisedEvalItem("", values),))
+
+
 def float32(value: object) -> float | None:
     """Return a number as a finite float32, None if it is none."""
     try:
@@ -173,6 +192,8 @@ class Session:
         model: the newest global weights, name -> float32[n], flat, read-only; empty at first.
     """
 
+    MODES: ClassVar[Collection[str]] = DEVICE_MODES  # of servers, in which this is how one takes part
+
     def __init__(self, fl_name: str, fl_id: str, policy: Policy | None = None) -> None:
         self.iteration = 0
         self.model: dict[str, Floats] = {}
@@ -183,6 +204,7 @@ class Session:
         self._last_iteration = 1  # the plan's
         self._accuracy = 0.0  # stays so without evaluation data
         self._config: FitConfig | None = None
+        self._vector_wanted = False  # whether the server asks for evaluation vectors
         self._poll_until = 0  # ms since the epoch
         self._restarts = 0  # since the last finished iteration
         self._undated = 0  # of these, the latest in a row without a usable time
@@ -246,24 +268,33 @@ class Session:
     def _succeeded(self, reply: Reply | None, now: int) -> Action:
         match reply:
             case ResponseFLJob():
-                return self._started(reply)
+                return self._started(reply, now)
             case ResponseUpdateModel():
                 self._poll_until = now + round(self._policy.poll_patience * 1000)
                 return self._ask_model(now)
             case ResponseGetModel():
-                return self._received(reply)
+                return self._received(reply, now)
         raise MalformedRequest("no table")
 
-    def _started(self, reply: ResponseFLJob) -> Action:
+    def _started(self, reply: ResponseFLJob, now: int) -> Action:
         plan = reply.fl_plan_config
         if plan is None:
             raise MalformedRequest("the reply holds no plan")
-        if fault := fault_of(reply, plan):
+        if fault := fault_of(reply, plan, self.MODES):
             return self._finish(Outcome.FAILED, fault)
-        self.model = weights_of(reply.feature_map)
+        self._take(reply)
         self.iteration = reply.iteration
         self._last_iteration = plan.iterations
+        self._vector_wanted = reply.unsupervised_eval_flg == UnsupervisedEvalFlg.EVAL_ENABLE
         self._config = FitConfig(plan.epochs, plan.mini_batch, plan.lr, reply.iteration)
+        return self._begin(now)
+
+    def _take(self, reply: ResponseFLJob) -> None:
+        """Keep what the answer to startFLJob brings."""
+        self.model = weights_of(reply.feature_map)
+
+    def _begin(self, now: int) -> Action:
+        """Go on from the global weights in ``model``."""
         if self._sizes.eval_data_size == 0:
             return self._fit()
         self._phase = Phase.EVALUATING
@@ -286,9 +317,13 @@ class Session:
         if loss is None:
             return self._finish(Outcome.FAILED, f"the loss is {clip(str(event.result.loss))}")
         try:
-            upload = scaled(event.result.weights, self.model, self._sizes.data_size)
+            upload = self._upload(event.result.weights)
         except (ArrayError, AttributeError, TypeError, ValueError) as error:
             return self._finish(Outcome.FAILED, f"the trained weights cannot be sent: {error}")
+        try:
+            evaluation = evaluation_of(event.result.evaluation) if self._vector_wanted else None
+        except (ArrayError, TypeError, ValueError) as error:
+            return self._finish(Outcome.FAILED, f"the evaluation vector cannot be sent: {error}")
         return self._send(
             "updateModel",
             RequestUpdateModel(
@@ -299,10 +334,15 @@ class Session:
                 timestamp=str(now),
                 upload_loss=loss,
                 upload_accuracy=self._accuracy,
+                unsupervised_eval_items=evaluation,
             ),
         )
 
-    def _received(self, reply: ResponseGetModel) -> Action:
+    def _upload(self, trained: Weights) -> tuple[FeatureMap, ...]:
+        """Return what an updateModel carries; what it raises says that the weights cannot be sent."""
+        return scaled(trained, self.model, self._sizes.data_size)
+
+    def _received(self, reply: ResponseGetModel, now: int) -> Action:
         weights = weights_of(reply.feature_map)  # those not aggregated may be absent: they keep their values
         if any(name not in self.model or self.model[name].size != weights[name].size for name in weights):
             raise MalformedRequest("the new model is not that of startFLJob")
@@ -322,6 +362,11 @@ class Session:
 
     # -- requests
 
+    @property
+    def _declared_size(self) -> int:
+        """The data size that startFLJob names."""
+        return self._sizes.data_size
+
     def _next(self, now: int) -> Action:
         if self.iteration >= self._last_iteration:
             return self._finish(Outcome.COMPLETED, f"iteration {self.iteration} was the last")
@@ -334,7 +379,7 @@ class Session:
                 fl_name=self._fl_name,
                 fl_id=self._fl_id,
                 iteration=self.iteration,
-                data_size=self._sizes.data_size,
+                data_size=self._declared_size,
                 timestamp=str(now),
                 download_compress_types=NO_COMPRESS,
                 eval_data_size=self._sizes.eval_data_size,

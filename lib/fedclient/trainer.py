@@ -36,10 +36,13 @@ class FitResult:
     Attributes:
         weights: name -> float32 array, plain weights (the client multiplies by the data size itself).
         loss: last training loss, finite.
+        evaluation: float32[k], mean of the model's outputs (such as soft-max) over the local data, for the server's
+            evaluation without labels; None sends none. It is sent only if the server asks for it.
     """
 
     weights: Weights
     loss: float
+    evaluation: npt.NDArray[np.float32] | None = None
 
 
 class Trainer(Protocol):

@@ -34,6 +34,10 @@ class Adder:
     def evaluate(self, weights):
         return 0.25
 
+class Stepper(Adder):
+    def step(self, weights, step):
+        return FitResult({name: values + 1 for name, values in weights.items()}, 0.5)
+
 class Sleepless(Adder):
     def load(self):
         raise OSError("no data")
@@ -113,10 +117,10 @@ def test_a_failure_exits_with_1(run, job):
     ("changes", "word"),
     [
         ({"--trainer": "adder_trainer"}, "module:Class"),
-        ({"--trainer": "no_such_module:Adder"}, "no_such_module"),
-        ({"--trainer": "broken_trainer:Adder"}, "nowhere_to_be_found"),
+        ({"--trainer": "no_such_module:Adder"}, r"'no_such_module' \(looked for in the working directory"),
+        ({"--trainer": "broken_trainer:Adder"}, "install what has the module nowhere_to_be_found"),
         ({"--trainer": "adder_trainer:Other"}, "Other"),
-        ({"--trainer": "adder_trainer:NoTrainer"}, r"no fit\(\), evaluate\(\)"),
+        ({"--trainer": "adder_trainer:NoTrainer"}, r"no fit\(\), evaluate\(\) \(see fedclient.Trainer\)"),
         ({"--set": "colour=1"}, "colour"),
         ({"--set": "size"}, "key=value"),
         ({"--server": "nowhere"}, "nowhere"),
@@ -135,7 +139,14 @@ def test_what_cannot_be_used_is_told_in_one_line(run, changes, word):
 def test_help_shows_examples(run):
     result = run("--help")
     assert result.exit_code == 0
-    for part in ("Examples:", "--server https://fl-1:6666", "--fl-name", "--poll-interval", "a second one"):
+    for part in (
+        "Examples:",
+        "--server https://fl-1:6666",
+        "--fl-name",
+        "--poll-interval",
+        "a second one",
+        "Exit codes:",
+    ):
         assert part in result.stdout
 
 
@@ -171,3 +182,47 @@ def test_signals_stop_it(tmp_path, number, where):
         _, errors = process.communicate(timeout=10)
         assert process.returncode == 0
         assert "stopped on request" in errors
+
+
+SILO = ("--trainer", "adder_trainer:Stepper", "--rule", "fednova", "--sync-frequency", "5")
+
+
+def test_a_cloud_worker(run):
+    cloud = server.plan(server_mode="CLOUD_TRAINING", iterations=1)
+    new = {name: values + 1 for name, values in server.MODEL.items()}
+    script = Script(
+        server.started(1, fl_plan_config=cloud, feature_map=()),
+        server.model(),
+        server.updated(),
+        server.model(weights=new),
+    )
+    with ScriptedServer(lambda path, headers, body: (200, {}, script(path, body)[1])) as running:
+        result = run(
+            "--server", running.url, *SILO, "--client-id", "silo-1", "--json", "--log-level", "error"
+        )
+    assert result.exit_code == 0, result.output
+    assert [json.loads(line)["outcome"] for line in result.stdout.splitlines()] == ["completed"]
+    assert script.rounds == ["/startFLJob", "/getModel", "/updateModel", "/getModel"]
+    start = decode(RequestFLJob, script.asked[0][1])
+    assert (start.data_size, start.fl_id, start.fl_name) == (5, "silo-1", "Stepper")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (("--trainer", "adder_trainer:Adder", "--sync-frequency", "5"), "are for cloud workers: add --rule"),
+        (("--trainer", "adder_trainer:Adder", "--iid-rate", "0.5"), "are for cloud workers: add --rule"),
+        (
+            ("--trainer", "adder_trainer:Adder", "--sync-type", "adaptive"),
+            "are for cloud workers: add --rule",
+        ),
+        (("--trainer", "adder_trainer:Stepper", "--rule", "fedavg"), "needs --sync-frequency"),
+        ((*SILO, "--sync-frequency", "0"), "sync_frequency is 0"),
+        ((*SILO, "--rule", "fedprox"), "iid_rate"),
+        ((*SILO, "--trainer", "adder_trainer:Adder"), "it has no step() (see fedclient.SiloTrainer)"),
+    ],
+)
+def test_what_a_cloud_worker_cannot_be(run, arguments, fault):
+    result = run("--server", "http://127.0.0.1:1", *arguments)
+    assert result.exit_code == 2
+    assert fault in result.output

@@ -379,6 +379,34 @@ def test_a_training_that_cannot_be_sent_is_not_sent(weights, loss):
     assert device.feed(Fitted(FitResult(weights, loss))) == LAST
 
 
+@pytest.mark.parametrize("vector", [np.array([[0.25, 0.5]]), np.float32([0.25, 0.5])])
+def test_an_evaluation_vector_is_sent_if_the_server_asks_for_it(vector):
+    for asked in (1, 0):
+        device = Device()
+        device.reply(server.started(unsupervised_eval_flg=asked))
+        device.feed(Fitted(FitResult(GOOD, 0.5, vector)))
+        items = device.request().unsupervised_eval_items
+        assert (items is not None) == bool(asked)
+        if asked:
+            assert [item.eval_data.tolist() for item in items.eval_items] == [[0.25, 0.5]]
+
+
+def test_a_trainer_need_not_give_an_evaluation_vector():
+    device = Device()
+    device.reply(server.started(unsupervised_eval_flg=1))
+    device.feed(Fitted(FitResult(GOOD, 0.5)))
+    assert device.request().unsupervised_eval_items is None
+
+
+@pytest.mark.parametrize("vector", [np.array([np.nan]), np.array([1e39]), np.array([1j]), ["x"], object()])
+def test_an_evaluation_vector_that_cannot_be_sent_is_not_sent(vector):
+    device = Device()
+    device.reply(server.started(unsupervised_eval_flg=1))
+    end = device.feed(Fitted(FitResult(GOOD, 0.5, vector)))
+    assert end == LAST
+    assert end.reason.startswith("the evaluation vector cannot be sent: ")
+
+
 def test_trained_weights_may_have_any_shape_and_number_type_and_be_some_of_the_model():
     device = Device()
     device.reply(server.started())
