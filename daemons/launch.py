@@ -28,7 +28,7 @@ from fedcore.config import (
 )
 from fedcore.config.crosscheck import redis_has_tls
 from fedcore.config.keys import plain_text
-from fedcore.errors import ConfigError
+from fedcore.errors import ConfigError, FedcoreError
 from fedcore.net import sd_notify, tls
 from fedcore.net.reactor import follow_monotonic_clock
 from fedcore.observe.log import start_logging
@@ -78,11 +78,14 @@ class Daemon:
     services: list[Any]
     started: Callable[[], None] = lambda: None
     drain: Callable[[], Awaitable[None]] | None = None
-    fault: ConfigError | None = None
+    fault: FedcoreError | None = None
     _ports: list[IListeningPort] = field(default_factory=list)
 
-    def give_up(self, fault: ConfigError) -> None:
-        """End because of a fault that turned up after the start and that waiting does not mend."""
+    def give_up(self, fault: FedcoreError) -> None:
+        """End because of a fault that turned up after the start and that waiting does not mend.
+
+        A ConfigError is for somebody to mend; after any other fault a new start may help.
+        """
         self.fault = fault
         self.leave()
 
@@ -300,7 +303,7 @@ def run(name: str, build: Callable[[Any], Daemon | None]) -> int:
         build: given the reactor, returns the daemon, or None if there is nothing to run.
 
     Returns:
-        The exit code: 0 after a clean stop, 78 for a bad configuration, 1 if it could not start.
+        The exit code: 0 after a clean stop, 78 for a bad configuration, 1 if it could not start or go on.
     """
     follow_monotonic_clock(reactor)
     try:
@@ -328,7 +331,7 @@ def run(name: str, build: Callable[[Any], Daemon | None]) -> int:
     log.info("{name} has stopped", name=name)
     if daemon.fault is not None:
         print(f"{name}: {daemon.fault}", file=sys.stderr)
-        return EX_CONFIG
+        return EX_CONFIG if isinstance(daemon.fault, ConfigError) else 1
     return 0
 
 

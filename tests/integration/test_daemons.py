@@ -93,11 +93,11 @@ class TestServerOptions:
         assert "--model FILE" in done.stderr
 
     def test_what_this_version_cannot_serve_exits_with_78(self, cluster: Cluster) -> None:
-        text = cluster.yaml.read_text().replace("FEDERATED_LEARNING", "HYBRID_TRAINING")
-        cluster.yaml.write_text(text)
+        protection = "encrypt:\n  encrypt_type: SIGNDS\n"
+        cluster.yaml.write_text(cluster.yaml.read_text() + protection)
         done = run(cluster, "serverd", "--yaml-config", str(cluster.yaml))
         assert done.returncode == 78
-        assert "server_mode is HYBRID_TRAINING, which this version cannot serve yet" in done.stderr
+        assert "encrypt.encrypt_type is SIGNDS, which this version cannot serve yet" in done.stderr
 
     @pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:0", "127.0.0.1:70000", ":6666"])
     def test_a_bad_address_has_the_originals_text(self, cluster: Cluster, address: str) -> None:

@@ -49,7 +49,7 @@ from fedcore.store.instances import Disabling, Enabling, disable, enable, hyper_
 from fedcore.store.link import RIGHTS
 from fedcore.store.notices import Notices
 from fedcore.store.redis import Redis
-from fedctl.processes import HOST, Family, reserved_ports, wait_until
+from fedctl.processes import HOST, Family, free_ports, reserved_ports, wait_until
 from fldaemons import launch
 
 PASSWORD = "correct horse battery staple"
@@ -131,6 +131,13 @@ def came_up(loop: ReactorThread, redis: Redis) -> None:
 
 
 # ---- who we are
+
+
+def test_where_nobody_listens_the_key_of_the_address_is_named(loop: ReactorThread, journal: Journal) -> None:
+    [port] = free_ports(1)
+    with running(loop, settings_for(port)) as redis:
+        assert "is distributed_cache.address right?" in journal.wait_for("cannot use Redis")
+        assert not redis.available
 
 
 class TestPassword:
@@ -266,8 +273,8 @@ class TestUser:
         assert await state.seal(1, 1, 1)
         assert await state.reopen(1, 1, phase=Phase.SEALED, token="", ledgers=["gone"]) == 0
         assert await state.seal(1, 2, 1)
-        token, _ = await state.claim_reduction(1, 2, "", "n") or ("", "")
-        assert await state.record_candidate(1, 2, token, "c", len(await state.uploads(1)))
+        token, *_ = await state.claim_reduction(1, 2, "", "n") or ("",)
+        assert await state.record_model(1, 2, token, "c", len(await state.uploads(1)), Phase.CANDIDATE)
         end = {"phase": Phase.CANDIDATE, "token": token, "base": "c"}
         assert await state.advance(1, 2, **end, success=True, result="done", finishes=False)
         rebased = await state.rebase(2, "c", "d", result="the model is gone", finishes=False)

@@ -28,6 +28,7 @@ from fedcore.store.cluster_state import (
     LeftOut,
     Look,
     Node,
+    OthersAwaited,
     Raised,
     Rebased,
     Reserve,
@@ -157,15 +158,22 @@ class Shared:
         number: int = 5,
         attempt: int = 1,
         updates: int | None = None,
+        phase: Phase = Phase.CANDIDATE,
     ) -> bool:
         counted = len(self.run(self.state.uploads(number))) if updates is None else updates
         return self.run(  # type: ignore[no-any-return]
-            self.state.record_candidate(number, attempt, token, digest, counted)
+            self.state.record_model(number, attempt, token, digest, counted, phase)
         )
+
+    def push(self, digest: str, aggregate: str = "a1", number: int = 5, attempt: int = 1) -> bool:
+        return self.run(self.state.push_weight(number, attempt, aggregate, digest))  # type: ignore[no-any-return]
+
+    def measure(self, number: int = 5, attempt: int = 1) -> bool:
+        return self.run(self.state.push_metrics(number, attempt, 0.1, 1 / 3))  # type: ignore[no-any-return]
 
     def claim(
         self, node_id: str = "node-1", token: str = "", number: int = 5, attempt: int = 1
-    ) -> tuple[str, str] | None:
+    ) -> tuple[str, Phase, str, str] | None:
         return self.run(self.state.claim_reduction(number, attempt, token, node_id))  # type: ignore[no-any-return]
 
     def claimed(self, node_id: str = "node-1") -> str:
@@ -585,6 +593,33 @@ class TestAccept:
             open_five.select(fl_id)
         return open_five
 
+    def test_nothing_is_counted_until_others_have_told_what_redis_lost(self, ready: Shared) -> None:
+        """A client may have its update at one of them, and come again elsewhere."""
+        run_id = ready.state.redis.run_id
+        ready.run(ready.state.await_nodes(run_id, ["node-2", "node-3"]))
+        ready.run(ready.state.nodes_are_back(run_id, ["node-2"]))
+        with pytest.raises(OthersAwaited):
+            ready.accept("a")
+        assert ready.uploads() == {}
+        ready.run(ready.state.await_nodes(run_id, ["node-2"]))  # as a third one sees it, which comes later
+        ready.run(ready.state.nodes_are_back(run_id, ["node-3"]))
+        assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
+        assert 0 < int(ready.command("TTL", ready.state.keys.awaited(run_id))) <= 3600
+
+    def test_nobody_is_awaited_for_long(self, ready: Shared) -> None:
+        run_id = ready.state.redis.run_id
+        ready.run(ready.state.await_nodes(run_id, ["node-2"]))
+        seconds, micros = ready.command("TIME")
+        long_ago = int(seconds) * 1000 + int(micros) // 1000 - 1600
+        ready.command("HSET", ready.state.keys.awaited(run_id), "node-2", long_ago)
+        assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
+
+    def test_a_counted_update_is_known_meanwhile(self, ready: Shared) -> None:
+        assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
+        ready.run(ready.state.await_nodes(ready.state.redis.run_id, ["node-2"]))
+        assert ready.accept("a")[0] is Acceptance.ACCEPTED
+        assert ready.accept("a", ledger_id="L2")[0] is Acceptance.REPEATED
+
     def test_counts_and_tells_what_the_client_declared(self, ready: Shared) -> None:
         assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
         assert ready.accept("b", ledger_id="L2") == (Acceptance.ACCEPTED, 2, META)
@@ -941,7 +976,7 @@ class TestCandidate:
         for other in ("", token.replace("node-1", "node-2"), f"{token} ", "0:node-1"):
             assert not open_five.record(other)
         assert open_five.status() == before
-        successor, _ = open_five.claim("node-2", token) or ("", "")
+        successor, *_ = open_five.claim("node-2", token) or ("",)
         assert not open_five.record(token), "it was succeeded"
         assert open_five.record(successor, "d2")
 
@@ -968,6 +1003,62 @@ class TestCandidate:
         assert not open_five.record(token)
 
 
+class TestWorker:
+    """push_weight.lua and push_metrics.lua: what a worker of hybrid training moves on."""
+
+    @pytest.fixture
+    def training(self, open_five: Shared) -> Shared:
+        assert open_five.record(open_five.claimed(), "a1", phase=Phase.TRAINING)
+        return open_five
+
+    def test_the_mean_is_named_before_the_model(self, training: Shared) -> None:
+        now = training.read().iteration
+        assert (now.phase, now.aggregate, now.digest, now.metrics) == (Phase.TRAINING, "a1", "", None)
+        assert not training.measure(), "nothing was pushed"
+        assert training.push("d1")
+        now = training.read().iteration
+        assert (now.phase, now.aggregate, now.digest) == (Phase.TRAINED, "a1", "d1")
+        assert training.measure()
+        now = training.read().iteration
+        assert (now.phase, now.digest, now.metrics) == (Phase.CANDIDATE, "d1", (0.1, 1 / 3))
+
+    def test_the_first_push_counts_and_may_be_repeated(self, training: Shared) -> None:
+        answers = training.together([training.state.push_weight(5, 1, "a1", f"d{i}") for i in range(20)])
+        assert sum(answers) == 1
+        digest = training.read().iteration.digest
+        assert training.push(digest)
+        assert training.measure()
+        assert training.measure(), "its answer may have been lost"
+        assert training.read().iteration.digest == digest
+
+    @pytest.mark.parametrize(
+        "other", [{"aggregate": "a2"}, {"number": 4}, {"number": 6}, {"attempt": 2}, {"aggregate": ""}]
+    )
+    def test_a_push_of_anything_else_changes_nothing(self, training: Shared, other: dict[str, Any]) -> None:
+        before = training.status()
+        assert not training.push("d1", **other)
+        assert training.status() == before
+
+    @pytest.mark.parametrize("running", [1, 2, 3])
+    def test_nothing_is_pushed_to_a_job_that_does_not_run(self, training: Shared, running: int) -> None:
+        training.set_status(runningState=running)
+        assert not training.push("d1")
+        training.set_status(phase=Phase.TRAINED.value)
+        assert not training.measure()
+
+    @pytest.mark.parametrize("phase", [Phase.COLLECTING, Phase.SEALED, Phase.REDUCING, Phase.CANDIDATE])
+    def test_a_push_waits_for_the_mean(self, open_five: Shared, phase: Phase) -> None:
+        open_five.set_status(phase=phase.value, aggregate="a1")
+        assert not open_five.push("d1")
+
+    def test_the_next_iteration_knows_nothing_of_it(self, training: Shared) -> None:
+        assert training.push("d1")
+        assert training.measure()
+        token = training.read().iteration.token
+        assert training.advance(phase=Phase.CANDIDATE, token=token, base="d1")
+        assert training.read().iteration == Iteration(6, base="d1")
+
+
 class TestFinaliser:
     @pytest.fixture
     def sealed(self, open_five: Shared) -> Shared:
@@ -977,20 +1068,20 @@ class TestFinaliser:
     def test_of_many_only_one_becomes_it(self, sealed: Shared) -> None:
         answers = sealed.together([sealed.state.claim_reduction(5, 1, "", f"n{i}") for i in range(50)])
         (winner,) = [i for i, answer in enumerate(answers) if answer is not None]
-        assert answers[winner] == (f"1:n{winner}", "")
+        assert answers[winner] == (f"1:n{winner}", Phase.REDUCING, "", "")
         assert sealed.read().iteration == Iteration(5, phase=Phase.REDUCING, token=f"1:n{winner}", base="b0")
 
     def test_who_takes_over_names_the_one_who_is_gone(self, sealed: Shared) -> None:
-        first, _ = sealed.claim("node-1") or ("", "")
+        first, *_ = sealed.claim("node-1") or ("",)
         for wrong in ("", "1:node-2", "2:node-1", "node-1", "01:node-1"):
             assert sealed.claim("node-2", wrong) is None
         assert sealed.read().iteration.token == first
-        second, _ = sealed.claim("node-2", first) or ("", "")
+        second, *_ = sealed.claim("node-2", first) or ("",)
         assert sealed.read().iteration == Iteration(5, phase=Phase.REDUCING, token=second, base="b0")
         assert sealed.claim("node-3", first) is None, "somebody else was faster"
 
     def test_of_many_heirs_only_one_takes_over(self, sealed: Shared) -> None:
-        first, _ = sealed.claim("node-1") or ("", "")
+        first, *_ = sealed.claim("node-1") or ("",)
         answers = sealed.together([sealed.state.claim_reduction(5, 1, first, f"n{i}") for i in range(50)])
         assert sum(answer is not None for answer in answers) == 1
 
@@ -1008,18 +1099,23 @@ class TestFinaliser:
         assert sealed.read().fence == 4
 
     def test_the_successor_learns_of_the_candidate(self, sealed: Shared) -> None:
-        first, digest = sealed.claim("node-1") or ("", "?")
-        assert digest == ""
+        first, *known = sealed.claim("node-1") or ("",)
+        assert known == [Phase.REDUCING, "", ""]
         assert sealed.record(first, "d1")
-        second, digest = sealed.claim("node-2", first) or ("", "")
-        assert digest == "d1"
+        second, *known = sealed.claim("node-2", first) or ("",)
+        assert known == [Phase.CANDIDATE, "", "d1"]
         assert sealed.read().iteration == Iteration(
             5, phase=Phase.CANDIDATE, token=second, digest="d1", base="b0"
         )
 
-    def test_a_digest_that_is_no_candidate_s_is_not_told(self, sealed: Shared) -> None:
-        sealed.set_status(digest="of nothing")
-        assert sealed.claim() == ("1:node-1", "")
+    def test_the_successor_learns_what_the_worker_is_about(self, sealed: Shared) -> None:
+        first, *_ = sealed.claim("node-1") or ("",)
+        assert sealed.record(first, "a1", phase=Phase.TRAINING)
+        second, *known = sealed.claim("node-2", first) or ("",)
+        assert known == [Phase.TRAINING, "a1", ""]
+        assert sealed.push("d1")
+        _, *known = sealed.claim("node-3", second) or ("",)
+        assert known == [Phase.TRAINED, "a1", "d1"]
 
     def test_while_updates_are_collected_there_is_none(self, open_five: Shared) -> None:
         before = open_five.status()
@@ -1382,7 +1478,7 @@ class TestRaise:
         assert self.bring(open_five, known(Iteration(6), fence=here)) is Raised.RAISED
         assert open_five.read().fence == after
         assert open_five.seal(number=6)
-        assert open_five.claim(number=6) == (f"{after + 1}:node-1", "")
+        assert (open_five.claim(number=6) or ("",))[0] == f"{after + 1}:node-1"
 
     def test_a_status_of_the_original_is_judged_by_its_number(self, shared: Shared) -> None:
         shared.set_status(iterationNum=5, lastIterationSuccess=1, lastIterationResult="", runningState=0)
@@ -1543,7 +1639,7 @@ class TestRestoreClients:
 
     def test_not_once_the_model_is_made(self, open_five: Shared) -> None:
         """What counts then is what is in it."""
-        open_five.set_status(phase=Phase.CANDIDATE.value)
+        open_five.set_status(phase=Phase.CANDIDATE.value, updates=0)
         for ledger_id in ("L1", ""):
             with pytest.raises(IterationMoved):
                 open_five.restore(ledger_id, "a")
@@ -1582,7 +1678,7 @@ class TestRestoreClients:
         if advanced:
             assert open_five.advance()
         else:
-            open_five.set_status(phase=Phase.CANDIDATE.value)
+            open_five.set_status(phase=Phase.CANDIDATE.value, updates=2)
         why = open_five.left_out("L1", "b", "c", "d", base="b0")
         assert (why.updates, why.rebased) == (2, False)
         assert open_five.left_out("L0", "a", "b", node_id="node-2").updates == 0, "they count"

@@ -193,8 +193,21 @@ class Both:
     def record(self, data: st.DataObject) -> tuple[Any, Any]:
         place, token = self.draw_place(data), self.draw_token(data)
         updates = data.draw(st.integers(0, 3))
-        real = self.run(self.real.record_candidate(*place, token, "d1", updates))
-        return real, self.simulated.record_candidate(*place, token, "d1", updates)
+        phase = data.draw(st.sampled_from([Phase.CANDIDATE, Phase.TRAINING]))
+        real = self.run(self.real.record_model(*place, token, "d1", updates, phase))
+        return real, self.simulated.record_model(*place, token, "d1", updates, phase)
+
+    def push_weight(self, data: st.DataObject) -> tuple[Any, Any]:
+        place, digest = self.draw_place(data), data.draw(st.sampled_from(["d2", "d3"]))
+        aggregate = data.draw(st.sampled_from(["d1", "d1", "d4"]))
+        real = self.run(self.real.push_weight(*place, aggregate, digest))
+        return real, self.simulated.push_weight(*place, aggregate, digest)
+
+    def push_metrics(self, data: st.DataObject) -> tuple[Any, Any]:
+        place = self.draw_place(data)
+        return self.run(self.real.push_metrics(*place, 0.5, 0.75)), self.simulated.push_metrics(
+            *place, 0.5, 0.75
+        )
 
     def claim(self, data: st.DataObject) -> tuple[Any, Any]:
         place, token, node = self.draw_place(data), self.draw_token(data), data.draw(NODES)
@@ -359,6 +372,8 @@ OPERATIONS = [
     Both.seal,
     Both.claim,
     Both.claim,
+    Both.push_weight,
+    Both.push_metrics,
     Both.reopen,
     Both.rebase,
     Both.rebase,

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from fedcore.core.client_key import client_key
-from fedcore.core.iteration import Iteration, Phase
+from fedcore.core.iteration import MADE, Iteration, Phase
 from fedcore.core.job import RunningState
 from fedcore.store.keys import HEARTBEAT_TTL_S, REVOKED
 
@@ -43,6 +43,8 @@ class Status:
     first_upload: float | None = None
     sealed: float | None = None
     updates: int = 0
+    aggregate: str = ""
+    metrics: tuple[float, float] | None = None
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -55,7 +57,7 @@ class Status:
         self.attempt, self.phase = 1, Phase.COLLECTING
         self.token = self.digest = ""
         self.started = self.first_upload = self.sealed = None
-        self.lost = self.updates = 0
+        self.lost, self.updates, self.aggregate, self.metrics = 0, 0, "", None
 
 
 _RANKS = {phase: rank for rank, phase in enumerate(Phase)}
@@ -163,8 +165,10 @@ class SharedState:
             None,
             None,
             s.token,
+            s.aggregate,
             s.digest,
             s.base,
+            s.metrics,
             s.lost,
             s.disabled,
         )
@@ -300,7 +304,7 @@ class SharedState:
         mine = self.owners.get(ledger_id, node_id) == node_id
         word = ""
         whole = status is not None and len(self.uploads.get(number, ())) >= status.updates
-        made = status is not None and status.phase is Phase.CANDIDATE and whole
+        made = status is not None and status.phase in MADE and whole
         if status is None or status.number != number or made:
             word = "closed"
         elif base and status.base not in ("", base):
@@ -343,16 +347,55 @@ class SharedState:
         self.told("sealed")
         return True
 
-    def record_candidate(self, number: int, attempt: int, token: str, digest: str, updates: int) -> bool:
+    def record_model(
+        self,
+        number: int,
+        attempt: int,
+        token: str,
+        digest: str,
+        updates: int,
+        phase: Phase = Phase.CANDIDATE,
+    ) -> bool:
         status = self._stands(number, attempt, Phase.REDUCING, token)
         if status is None or status.running is not RUNNING:
             return False
         if len(self.uploads.get(number, {})) != updates:
             return False
-        status.phase, status.digest, status.updates = Phase.CANDIDATE, digest, updates
+        status.phase, status.updates = phase, updates
+        if phase is Phase.TRAINING:
+            status.aggregate = digest
+            self.told("training")
+        else:
+            status.digest = digest
         return True
 
-    def claim_reduction(self, number: int, attempt: int, token: str, node_id: str) -> tuple[str, str] | None:
+    def push_weight(self, number: int, attempt: int, aggregate: str, digest: str) -> bool:
+        s = self.status
+        if s is None or (s.number, s.attempt, s.running) != (number, attempt, RUNNING):
+            return False
+        if s.phase is Phase.TRAINED and s.digest == digest:
+            return True
+        if s.phase is not Phase.TRAINING or s.aggregate != aggregate:
+            return False
+        s.phase, s.digest = Phase.TRAINED, digest
+        self.told("trained")
+        return True
+
+    def push_metrics(self, number: int, attempt: int, loss: float, accuracy: float) -> bool:
+        s = self.status
+        if s is None or (s.number, s.attempt, s.running) != (number, attempt, RUNNING):
+            return False
+        if s.phase is Phase.CANDIDATE:
+            return True
+        if s.phase is not Phase.TRAINED:
+            return False
+        s.phase, s.metrics = Phase.CANDIDATE, (loss, accuracy)
+        self.told("candidate")
+        return True
+
+    def claim_reduction(
+        self, number: int, attempt: int, token: str, node_id: str
+    ) -> tuple[str, Phase, str, str] | None:
         s = self.status
         if s is None or (s.number, s.attempt, s.running) != (number, attempt, RUNNING):
             return None
@@ -360,10 +403,9 @@ class SharedState:
             return None
         s.fence += 1
         s.token = f"{s.fence}:{node_id}"
-        candidate = s.digest if s.phase is Phase.CANDIDATE else ""
         if s.phase is Phase.SEALED:
             s.phase = Phase.REDUCING
-        return s.token, candidate
+        return s.token, s.phase, s.aggregate, s.digest
 
     def reopen(
         self, number: int, attempt: int, phase: Phase, token: str, ledgers: Iterable[str]
@@ -386,8 +428,8 @@ class SharedState:
             status.first_upload = None if status.first_upload is None else status.first_upload + stood
         status.lost += len(lost)
         status.attempt, status.phase = attempt + 1, Phase.COLLECTING
-        status.token = status.digest = ""
-        status.sealed, status.updates = None, 0
+        status.token = status.digest = status.aggregate = ""
+        status.sealed, status.updates, status.metrics = None, 0, None
         self.told("reopened")
         return len(lost)
 
@@ -497,7 +539,9 @@ class SharedState:
             known.started,
             known.first_upload,
             known.sealed,
-            now.uploaded if now.phase is Phase.CANDIDATE else 0,
+            now.uploaded if now.phase in MADE else 0,
+            now.aggregate,
+            now.metrics,
         )
         return "raised"
 

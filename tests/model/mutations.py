@@ -50,12 +50,12 @@ MUTATIONS = {
     "token of claims ignored": Mutation(
         STATE, "s.phase is Phase.COLLECTING or s.token != token", "s.phase is Phase.COLLECTING"
     ),
-    "record_candidate counts nothing": Mutation(
+    "record_model counts nothing": Mutation(
         STATE, "if len(self.uploads.get(number, {})) != updates:", "if False:"
     ),
     "instance of uploads ignored": Mutation(STATE, 'return self.name not in ("", instance)', "return False"),
     "restore while a candidate stands": Mutation(
-        STATE, "status.number != number or status.phase is Phase.CANDIDATE", "status.number != number"
+        STATE, "status.number != number or made:", "status.number != number:"
     ),
     "an old look is used": Mutation(
         SERVER,

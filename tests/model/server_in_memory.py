@@ -33,6 +33,7 @@ from fedcore.errors import StoreUnavailable
 from fedcore.ledger.files import MappedFile
 from fedcore.models import checkpoints
 from fedcore.models.history import ModelHistory
+from fedcore.net.networks import Networks
 from fedcore.net.node_client import Answer, PeerRefused, PeerTimeout, PeerUnreachable
 from fedcore.net.node_listener import NodeListener, Request
 from fedcore.observe.journal import Journal
@@ -235,6 +236,7 @@ class RecordedStore(Store):
             "lastIterationSuccess": int(seen.success),
             "lastIterationResult": seen.result,
             "token": now.token,
+            "aggregate": now.aggregate,
             "digest": now.digest,
             "base": now.base,
             "lost": now.lost,
@@ -242,6 +244,8 @@ class RecordedStore(Store):
             "fence": seen.fence,
             "epoch": seen.epoch,
         }
+        if now.metrics is not None:
+            fields |= dict(zip(("loss", "accuracy"), now.metrics, strict=True))
         for field, moment in zip(_TIMES, (seen.started, seen.first_upload, seen.sealed), strict=True):
             fields |= {} if moment is None else {field: int(moment)}
         flat = [part for item in fields.items() for part in (item[0].encode(), str(item[1]).encode())]
@@ -261,7 +265,9 @@ class RecordedStore(Store):
             Phase(phase),
             RunningState(int(fields["runningState"])),
             token=str(fields.get("token", "")),
+            aggregate=str(fields.get("aggregate", "")),
             digest=str(fields.get("digest", "")),
+            metrics=(float(fields["loss"]), float(fields["accuracy"])) if "loss" in fields else None,
             base=str(fields["base"]),
             lost=int(fields["lost"]),
             uploaded=int(fields.get("updates", 0)),
@@ -304,8 +310,22 @@ class RecordedStore(Store):
     def _claim_reduction(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[bytes]:
         return [part.encode() for part in state.claim_reduction(*words) or ()]
 
-    def _record_candidate(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
-        return int(state.record_candidate(*words))
+    def _record_model(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
+        *given, phase, _ = words
+        return int(state.record_model(*given, Phase(phase)))
+
+    def _push_weight(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
+        _, number, attempt, aggregate, digest, ms, instance = words
+        if self.name not in ("", instance):
+            return 0
+        again = state.status is not None and state.status.digest == digest
+        if not again and any(self.clock() - since < ms for since in self.awaited.get(keys[1], {}).values()):
+            return -1
+        return int(state.push_weight(number, attempt, aggregate, digest))
+
+    def _push_metrics(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
+        _, number, attempt, loss, accuracy = words
+        return int(state.push_metrics(number, attempt, float(loss), float(accuracy)))
 
     def _reopen(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[int]:
         _, number, attempt, phase, token, _, *ledgers = words
@@ -820,7 +840,9 @@ class Server:
             lambda: self.driver.cluster, "server", node_id, address_of(node_id), reactor
         )
         self.driver.on_join.append(self.heartbeat.beat)
-        node_api = NodeApi(self.driver, self.api, self.intake, self.ledgers, self.publication, peers, ())
+        node_api = NodeApi(
+            self.driver, self.api, self.intake, self.ledgers, self.publication, peers, Networks(())
+        )
         network.listening[address_of(node_id)] = NodeListener(
             node_id,
             node_api.handlers(),

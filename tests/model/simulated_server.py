@@ -780,7 +780,7 @@ class Server:
                 return await self.reduce_now()
             case core.RecordCandidate(number, attempt, token, digest):
                 updates = self.candidates[digest].updates if digest in self.candidates else 0
-                done = await self.ask("record_candidate", instance, number, attempt, token, digest, updates)
+                done = await self.ask("record_model", instance, number, attempt, token, digest, updates)
                 return core.CandidateRecorded(digest) if done else await self.observed()
             case core.SpreadCandidate(digest=digest):
                 return await self.spread_now(digest)

@@ -35,7 +35,7 @@ PATIENCE_S = 130.0  # longest time that a healthy cluster needs for an iteration
 CHANGES = frozenset(
     [
         "seal",
-        "record_candidate",
+        "record_model",
         "claim_reduction",
         "reopen",
         "advance",
@@ -393,7 +393,7 @@ class Simulation(Agenda):
         uploads: dict[str, str],
     ) -> None:
         mine = token.partition(":")[2] == server.name
-        if operation == "record_candidate" and not mine:
+        if operation == "record_model" and not mine:
             raise Violation(f"{server.name} recorded a candidate, the token is {token}")
         if operation == "seal" and len(uploads) < self.policy.update_threshold:
             raise Violation(f"{server.name} sealed below the quorum: {uploads}")

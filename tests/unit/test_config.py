@@ -18,6 +18,7 @@ from fedcore.config import (
     Address,
     AggregationType,
     EncryptType,
+    EvalType,
     LoadedSettings,
     Role,
     ServerMode,
@@ -30,7 +31,8 @@ from fedcore.config import (
 )
 from fedcore.config.crosscheck import redis_has_tls
 from fedcore.config.sample import render_sample, value_text
-from fedcore.config.settings import SECTIONS
+from fedcore.config.settings import SECTIONS, UnsupervisedSettings
+from fedcore.config.support import MOST_COMPARED, reduced
 from fedcore.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -89,11 +91,19 @@ def test_the_guides_file_serves(role: Role) -> None:
     assert config.round.global_iteration_time_window == 60000
     assert config.client.client_epoch_num == 20
     assert config.summary.data_rate_dir == ".."
-    assert loaded.warnings == (
-        "unsupervised.eval_type is SILHOUETTE_SCORE, but unsupervised evaluation is not computed by this "
-        "version; devices are not asked for it",
-    )
+    assert loaded.warnings == ()
     assert unsupported(config, role) == []
+
+
+@pytest.mark.parametrize("kind", EvalType)
+@pytest.mark.parametrize("clients", [MOST_COMPARED, MOST_COMPARED + 1])
+def test_comparing_every_pair_of_too_many_clients_is_a_warning(kind: EvalType, clients: int) -> None:
+    config = Settings(unsupervised=UnsupervisedSettings(clients, kind))
+    warned = kind is EvalType.SILHOUETTE_SCORE and clients > MOST_COMPARED
+    found = reduced(config, Role.SERVER)
+    assert len(found) == int(warned)
+    assert not warned or "unsupervised.cluster_client_num" in found[0]
+    assert reduced(config, Role.SCHEDULER) == []
 
 
 def test_a_scheduler_reads_only_what_concerns_it() -> None:
@@ -118,6 +128,12 @@ def test_the_sample_loads(role: Role) -> None:
 
 def test_the_sample_is_up_to_date() -> None:
     assert SAMPLE.read_text() == render_sample(), "renew it as fedcore/config/sample.py says"
+
+
+def test_the_sample_tells_no_default_that_may_not_be_given() -> None:
+    text = render_sample()
+    assert "# float, (0, 1], default none\n  #iid_rate: 1.0" in text
+    assert "(0, 1], default 0.0" not in text
 
 
 def test_the_sample_sets_nothing_but_what_is_required() -> None:
@@ -259,7 +275,7 @@ def test_our_own_section_is_strict(own: str, fault: str, role: Role, file: Path)
 
 def test_empty_sections_are_silent(file: Path) -> None:
     file.write_text(GUIDE.read_text() + "aggregation:\nfedcore:\n")
-    assert len(load_settings(file, Role.SERVER).warnings) == 1
+    assert load_settings(file, Role.SERVER).warnings == ()
 
 
 @pytest.mark.parametrize("value", ["5", "[a]", "text", "2020-01-01"])
@@ -303,7 +319,7 @@ def test_merge_keys_and_aliases(file: Path) -> None:
     loaded = load_settings(file, Role.SERVER)
     assert loaded.settings.aggregation.iid_rate == 0.25
     assert loaded.settings.aggregation.total_client_num == 4
-    assert len(loaded.warnings) == 1
+    assert loaded.warnings == ()
 
 
 def test_values_out_of_force_only_warn(load: Load, file: Path) -> None:
@@ -453,14 +469,6 @@ def test_masks_and_signs_are_never_compressed(load: Load) -> None:
     ("change", "fault"),
     [
         (
-            ("FEDERATED_LEARNING", "HYBRID_TRAINING"),
-            "server_mode is HYBRID_TRAINING, which this version cannot serve yet; it serves FEDERATED_LEARNING",
-        ),
-        (
-            ("enable_ssl: False", "enable_ssl: False\naggregation: {aggregation_type: Scaffold}"),
-            "aggregation.aggregation_type is Scaffold, which this version cannot serve yet; it serves FedAvg or FedProx",
-        ),
-        (
             ("NOT_ENCRYPT", "DP_ENCRYPT"),
             "encrypt.encrypt_type is DP_ENCRYPT, which this version cannot serve yet; it serves NOT_ENCRYPT",
         ),
@@ -484,12 +492,11 @@ def test_what_cannot_be_served_is_refused(change: tuple[str, str], fault: str, l
     assert unsupported(load(change).settings, Role.SCHEDULER) == []
 
 
-def test_fedprox_is_served() -> None:
+@pytest.mark.parametrize("rule", AggregationType)
+def test_every_rule_is_served(rule: AggregationType) -> None:
     config = Settings()
-    fedprox = replace(
-        config, aggregation=replace(config.aggregation, aggregation_type=AggregationType.FEDPROX)
-    )
-    assert unsupported(fedprox, Role.SERVER) == []
+    chosen = replace(config, aggregation=replace(config.aggregation, aggregation_type=rule))
+    assert unsupported(chosen, Role.SERVER) == []
 
 
 # --- hyper-parameters ---

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fedcore.config import KEYS, Address, LoadedSettings, Role, load_settings
-from fedcore.config.settings import LogLevel, RedisTls
+from fedcore.config.settings import LogLevel, RedisTls, SumDevice
 from fedcore.errors import ConfigError
 
 U32 = "[1,4294967295]"
@@ -108,7 +108,14 @@ TABLE: list[tuple[str, str, Any, Any]] = [
     ("fedcore.server.checkpoint_dir", "str", None, "./fl_ckpt"),
     ("fedcore.server.model", "str", None, ""),
     ("fedcore.server.ledger_dir", "str", None, ""),
+    ("fedcore.worker.trainer", "str", None, ""),
+    ("fedcore.worker.options", "str", None, ()),
+    ("fedcore.worker.sync_frequency", "int", "[1,4294967295]", 10),
+    ("fedcore.worker.device", "str", None, "auto"),
+    ("fedcore.worker.reply_timeout", "float", "(0.000000,600.000000]", 30.0),
+    ("fedcore.worker.admin_address", "str", "address", Address("127.0.0.1", 6966)),
     ("fedcore.node.allow", "str", None, ("127.0.0.0/8", "::1/128")),
+    ("fedcore.node.worker_http", "bool", None, False),
     ("fedcore.device.hold_time", "float", "[0.000000,60.000000]", 8.0),
     ("fedcore.device.header_timeout", "float", "(0.000000,600.000000]", 10.0),
     ("fedcore.device.body_timeout", "float", "(0.000000,3600.000000]", 60.0),
@@ -118,6 +125,7 @@ TABLE: list[tuple[str, str, Any, Any]] = [
     ("fedcore.device.retry_margin", "float", "[0.100000,3600.000000]", 5.0),
     ("fedcore.ledger.memory_budget", "size", "[1048576,1125899906842624]", 1 << 30),
     ("fedcore.ledger.fsync", "bool", None, False),
+    ("fedcore.aggregation.device", "str", ["auto", "cpu", "cuda"], SumDevice.CPU),
     ("fedcore.log.level", "str", ["debug", "info", "warn", "error"], LogLevel.INFO),
 ]
 SERVER_ONLY = ("round.", "summary.", "unsupervised.", "encrypt.", "compression.", "client_verify.", "client.")

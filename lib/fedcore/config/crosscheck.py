@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from fedcore.config.address import UnixAddress
 from fedcore.config.keys import SERVER_ROLES, Role
-from fedcore.config.settings import EncryptType, RedisTls, Settings
+from fedcore.config.settings import AggregationType, EncryptType, RedisTls, ServerMode, Settings
 from fedcore.core.quorum import update_threshold
 
 _MASK_TYPES = (EncryptType.PW_ENCRYPT, EncryptType.STABLE_PW_ENCRYPT)
 # exchangeKeys getKeys shareSecrets getSecrets getClientList reconstructSecrets, and the stable kind's two
 _CIPHER_ROUNDS = {EncryptType.PW_ENCRYPT: 6, EncryptType.STABLE_PW_ENCRYPT: 2}
+_WORKER_TYPES = (EncryptType.NOT_ENCRYPT, EncryptType.STABLE_PW_ENCRYPT)  # all that a cloud worker knows
+_WORKER_RULES = (AggregationType.SCAFFOLD, AggregationType.FEDNOVA)  # no device uploads what they add up
 _WILDCARDS = ("0.0.0.0", "::")
 
 
@@ -60,7 +62,13 @@ def cross_checks(settings: Settings, role: Role) -> list[str]:
     """
     if role not in SERVER_ROLES:
         return _redis(settings)
-    return [*_windows(settings), *_quorums(settings), *_addresses(settings), *_redis(settings)]
+    return [
+        *_windows(settings),
+        *_quorums(settings),
+        *_rules(settings),
+        *_addresses(settings),
+        *_redis(settings),
+    ]
 
 
 def _windows(settings: Settings) -> list[str]:
@@ -105,6 +113,31 @@ def _quorums(settings: Settings) -> list[str]:
         found.append(
             f"encrypt.pw_encrypt.reconstruct_secrets_threshold {helpers - 1} needs {helpers} clients, but "
             f"{needed} uploads complete an iteration: masks could not be removed"
+        )
+    return found
+
+
+def _rules(settings: Settings) -> list[str]:
+    """Compare the rule of aggregation with who trains."""
+    rule, places = settings.aggregation, settings.round.start_fl_job_threshold
+    kind, cipher = rule.aggregation_type, settings.encrypt.encrypt_type
+    workers = settings.server_mode is ServerMode.CLOUD_TRAINING
+    found = []
+    if kind in _WORKER_RULES and not workers:
+        found.append(
+            f"aggregation.aggregation_type {kind} adds up what only cloud workers upload, but server_mode is "
+            f"{settings.server_mode}: set it to {ServerMode.CLOUD_TRAINING}, or the rule to FedAvg"
+        )
+    if kind is AggregationType.SCAFFOLD and rule.total_client_num < places:
+        found.append(
+            f"aggregation.total_client_num {rule.total_client_num} is below round.start_fl_job_threshold {places}: "
+            "Scaffold's control moves further than its clients' do"
+        )
+    if kind is AggregationType.FEDPROX and workers and not rule.iid_rate:
+        found.append("aggregation.iid_rate is 0, which makes FedProx the same as FedAvg")
+    if workers and cipher not in _WORKER_TYPES:
+        found.append(
+            f"encrypt.encrypt_type {cipher} is for devices: cloud workers know " + " and ".join(_WORKER_TYPES)
         )
     return found
 

@@ -45,8 +45,15 @@ def option_facts(option: Option) -> str:
         facts.append("one of " + " ".join(option.choices))
     if option.limits:
         facts.append(str(option.limits))
-    facts.append("required" if option.required else f"default {value_text(option, option.default)}")
+    facts.append("required" if option.required else f"default {_default_text(option)}")
     return ", ".join(facts)
+
+
+def _default_text(option: Option) -> str:
+    default, limits = option.default, option.limits
+    if limits is not None and isinstance(default, int | float) and not limits.holds(default):
+        return "none"
+    return value_text(option, default)
 
 
 def value_text(option: Option, value: object) -> str:

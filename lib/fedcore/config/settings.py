@@ -46,6 +46,7 @@ _PORT = Limits(1, 65535)
 
 _URL_PREFIX = re.compile(r"/[A-Za-z0-9/._~!$&'()*+,;=:@%-]*")
 _LEVEL = re.compile(r"[0-9]{1,4}")
+_TRAINING_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 
 
 class ServerMode(StrEnum):
@@ -106,6 +107,14 @@ class RedisTls(StrEnum):
     OFF = "off"
 
 
+class SumDevice(StrEnum):
+    """What adds the sums of servers and computes models."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 class LogLevel(StrEnum):
     """Least severity that is logged."""
 
@@ -144,6 +153,33 @@ def parse_levels(text: str) -> tuple[int, int]:
     raise ConfigError(f"value is expected to be minutes a,b with 1 <= a < b <= 2880, but got {text}")
 
 
+def parse_pairs(text: str) -> tuple[str, ...]:
+    """Read "key=value,key=value" into its pairs; a key is a Python identifier and comes once.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    pairs = tuple(part.strip() for part in text.split(",") if part.strip())
+    names = [pair.partition("=")[0] for pair in pairs]
+    for pair, name in zip(pairs, names, strict=True):
+        if "=" not in pair or not name.isidentifier():
+            raise ConfigError(f"{pair} is not written as key=value")
+        if names.count(name) > 1:
+            raise ConfigError(f"{name} is given twice")
+    return pairs
+
+
+def parse_training_device(text: str) -> str:
+    """Check the name of a computing device: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if not _TRAINING_DEVICE.fullmatch(text):
+        raise ConfigError(f"value is expected to be auto, cpu, cuda or cuda:N, but got {text}")
+    return text
+
+
 def parse_networks(text: str) -> tuple[str, ...]:
     """Read "a,b", networks in CIDR form or single addresses.
 
@@ -164,7 +200,12 @@ class AggregationSettings:
     """The rule that turns uploads into the next model."""
 
     aggregation_type: AggregationType = option(AggregationType.FEDAVG, "Rule of aggregation.")
-    iid_rate: float = option(0.0, "FedProx weight, used by workers only.", example=1.0, limits=_SHARE)
+    iid_rate: float = option(
+        0.0,
+        "FedProx weight, used by workers only; without it FedProx is FedAvg.",
+        example=1.0,
+        limits=_SHARE,
+    )
     total_client_num: int = option(1, "Clients in the whole population; Scaffold divides by it.", limits=_U32)
 
 
@@ -493,6 +534,44 @@ class ServerSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What fl-workerd trains, and how."""
+
+    trainer: str = option(
+        "",
+        "Who trains, as module:Class; see fedcore.services.worker_trainer.",
+        example="fedexamples.lenet_worker_numpy:NumpyLeNetWorker",
+    )
+    options: tuple[str, ...] = option(
+        (),
+        "What the trainer is told, as key=value,key=value; a value is JSON if it can be read as such, else text.",
+        kind=Kind.STR,
+        example="data=digits,learning_rate=0.02",
+        parse=parse_pairs,
+    )
+    sync_frequency: int = option(
+        10, "Training steps between pulling the aggregate and pushing the trained weights.", limits=_U32
+    )
+    device: str = option(
+        "auto",
+        "Where the trainer computes: cpu, cuda or cuda:N; auto: cuda if there is one.",
+        parse=parse_training_device,
+    )
+    reply_timeout: float = option(
+        30.0,
+        "Time for a server to answer; then another one is asked.",
+        unit="s",
+        limits=Limits(0.0, 600.0, low_open=True),
+    )
+    admin_address: Address = option(
+        Address("127.0.0.1", 6966),
+        "Metrics and health; instance N takes port + N.",
+        kind=Kind.STR,
+        parse=parse_address,
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class NodeSettings:
     """Who may use the node channel."""
 
@@ -503,6 +582,10 @@ class NodeSettings:
         kind=Kind.STR,
         example="127.0.0.0/8,10.0.0.0/24",
         parse=parse_networks,
+    )
+    worker_http: bool = option(
+        False,
+        "Serve the rounds of hybrid training's workers on the devices' port as well, to the networks of allow.",
     )
 
 
@@ -563,6 +646,18 @@ class LedgerSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class SumSettings:
+    """Where the sums of servers become a model."""
+
+    device: SumDevice = option(
+        SumDevice.CPU,
+        "What adds the servers' sums and computes the model; the results are the same to the last bit. cpu: NumPy. "
+        "cuda: PyTorch on a CUDA device; where there is none, or it has no memory left, a warning and the CPU. auto: "
+        "cuda if there is one.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class LogSettings:
     """The log."""
 
@@ -578,9 +673,11 @@ class FedcoreSettings:
     )
     scheduler: SchedulerSettings = section(SchedulerSettings, "Listeners of fl-schedulerd.")
     server: ServerSettings = section(ServerSettings, "Listeners and files of fl-serverd.")
+    worker: WorkerSettings = section(WorkerSettings, "What fl-workerd trains, and how.")
     node: NodeSettings = section(NodeSettings, "Who may use the node channel.")
     device: DeviceSettings = section(DeviceSettings, "Limits of device connections.")
     ledger: LedgerSettings = section(LedgerSettings, "Where accepted uploads wait for their merge.")
+    aggregation: SumSettings = section(SumSettings, "Where the sums of servers become a model.")
     log: LogSettings = section(LogSettings, "The log.")
 
 

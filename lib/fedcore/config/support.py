@@ -6,7 +6,6 @@ from operator import attrgetter
 
 from fedcore.config.keys import SERVER_ROLES, Role, plain_text
 from fedcore.config.settings import (
-    AggregationType,
     DownloadCompressType,
     EncryptType,
     EvalType,
@@ -15,10 +14,10 @@ from fedcore.config.settings import (
     UploadCompressType,
 )
 
+MOST_COMPARED = 20_000  # clients whose silhouette takes less than ten seconds of one core, at ten values each
 # path -> the values that are served. A scheduler only reads and writes Redis, so all values are good for it.
 SERVED: dict[str, tuple[object, ...]] = {
-    "server_mode": (ServerMode.FEDERATED_LEARNING,),
-    "aggregation.aggregation_type": (AggregationType.FEDAVG, AggregationType.FEDPROX),
+    "server_mode": tuple(ServerMode),
     "encrypt.encrypt_type": (EncryptType.NOT_ENCRYPT,),
     "compression.upload_compress_type": (UploadCompressType.NO_COMPRESS,),
     "compression.download_compress_type": (DownloadCompressType.NO_COMPRESS,),
@@ -47,9 +46,12 @@ def unsupported(settings: Settings, role: Role) -> list[str]:
 
 def reduced(settings: Settings, role: Role) -> list[str]:
     """What this version serves with less than the configuration asks for: one warning each."""
-    if role in SERVER_ROLES and settings.unsupervised.eval_type is not EvalType.NOT_EVAL:
+    clients = settings.unsupervised.cluster_client_num
+    pairs = settings.unsupervised.eval_type is EvalType.SILHOUETTE_SCORE
+    if role in SERVER_ROLES and pairs and clients > MOST_COMPARED:
         return [
-            f"unsupervised.eval_type is {settings.unsupervised.eval_type}, but unsupervised evaluation is "
-            "not computed by this version; devices are not asked for it"
+            f"unsupervised.cluster_client_num is {clients}: {EvalType.SILHOUETTE_SCORE} compares every pair of "
+            f"clients, and with more than {MOST_COMPARED} an iteration may end before the score of the one before is "
+            "ready; it then has none"
         ]
     return []

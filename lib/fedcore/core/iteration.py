@@ -4,6 +4,10 @@
         ^             |         |           |
         +-------------+---------+-----------+   updates are lost: the next attempt of the same iteration
 
+In hybrid training a worker trains the mean of the updates further, between reducing and candidate:
+
+    reducing -> training -> trained -> candidate
+
 ``step(state, event, now, policy)`` gives the next state and the effects to perform; everything that can change the
 phase is in TABLE below. Redis holds the authority: an effect such as Seal is a compare-and-set there, and the
 machine moves on with the event that reports its success. A lost compare-and-set is reported as Observed, with what
@@ -24,6 +28,7 @@ from fedcore.core.job import RunningState
 from fedcore.errors import LocalError
 
 SUCCESS = "Weight aggregation finished! This iteration is valid. Proceed to next iteration."
+TRAINED_SUCCESS = "Push metrics finished! This iteration is valid. Proceed to next iteration."
 
 
 def round_timeout(round_name: str) -> str:
@@ -52,6 +57,11 @@ def base_lost(number: int) -> str:
     return f"The model before it is lost, current iteration: {number}"
 
 
+def trained_lost(number: int) -> str:
+    """Result text of an iteration whose worker's model nobody has any more; ours."""
+    return f"The model that the worker trained is lost, current iteration: {number}"
+
+
 def status_lost(number: int) -> str:
     """Result text of an iteration whose shared state vanished."""
     return f"The instance status info stored in distributed cache is empty, current iteration: {number}"
@@ -63,7 +73,13 @@ class Phase(StrEnum):
     COLLECTING = "collecting"
     SEALED = "sealed"
     REDUCING = "reducing"
+    TRAINING = "training"
+    TRAINED = "trained"
     CANDIDATE = "candidate"
+
+
+WITH_WORKER = (Phase.TRAINING, Phase.TRAINED)  # the mean of the updates is with the worker
+MADE = (*WITH_WORKER, Phase.CANDIDATE)  # the updates have become a model
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +93,7 @@ class Policy:
         update_window: seconds from the first to the last updateModel.
         global_window: seconds from the first startFLJob to the quorum.
         last_iteration: the job's ``fl_iteration_num``.
+        hybrid: whether a worker trains the mean of the updates further before it is published.
     """
 
     start_threshold: int
@@ -85,6 +102,7 @@ class Policy:
     update_window: float
     global_window: float
     last_iteration: int
+    hybrid: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +118,10 @@ class Iteration:
         started: time of the first startFLJob, or None.
         first_upload: time of the first accepted updateModel, or None.
         token: fencing token of the finaliser, or "".
-        digest: digest of the candidate model, or "".
+        aggregate: digest of the mean of the updates, which a worker is to train further, or "".
+        digest: digest of the candidate model, or of the one that a worker has trained, or "".
         base: digest of the model that devices train from, "" if the shared state does not say.
+        metrics: loss and accuracy that the worker tells of its model, or None.
         lost: updates of this iteration that were counted and then lost with their servers.
         interrupted: whether the job's being disabled has ended an iteration already.
     """
@@ -115,8 +135,10 @@ class Iteration:
     started: float | None = None
     first_upload: float | None = None
     token: str = ""
+    aggregate: str = ""
     digest: str = ""
     base: str = ""
+    metrics: tuple[float, float] | None = None
     lost: int = 0
     interrupted: bool = False
 
@@ -167,10 +189,14 @@ class ReductionClaimed:
 
     Attributes:
         token: to be shown with everything that it asks of the shared state.
-        digest: of the candidate that the finaliser before it had recorded, or "".
+        phase: how far the finaliser before it had come, REDUCING if there was none.
+        aggregate: of the iteration, see there.
+        digest: of the iteration, see there.
     """
 
     token: str
+    phase: Phase = Phase.REDUCING
+    aggregate: str = ""
     digest: str = ""
 
 
@@ -186,6 +212,13 @@ class ReductionFailed:
     """The updates gave no usable model."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AggregateRecorded:
+    """The shared state names the digest of what the worker is to train further."""
+
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +306,26 @@ class Reduce:
 
     number: int
     attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordAggregate:
+    """Name the digest of what the worker is to train further in the shared state; report AggregateRecorded."""
+
+    number: int
+    attempt: int
+    token: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Hold the model that the worker is to train, or has trained, for as long as the worker takes."""
+
+    number: int
+    attempt: int
+    phase: Phase
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,6 +420,7 @@ Event = (
     | ReductionClaimed
     | ModelReduced
     | ReductionFailed
+    | AggregateRecorded
     | CandidateRecorded
     | CandidateSpread
     | UpdatesLost
@@ -377,6 +431,8 @@ Effect = (
     Seal
     | ClaimReduction
     | Reduce
+    | RecordAggregate
+    | Keep
     | RecordCandidate
     | SpreadCandidate
     | Reopen
@@ -411,10 +467,14 @@ def deadline(state: Iteration, policy: Policy) -> tuple[float, str] | None:
     """Return when the iteration fails for want of time, and with which result; None while no clock runs.
 
     A round's clock runs from its first to its last counted request, the global one from the first startFLJob.
-    From the quorum on nothing depends on devices and no clock runs. Without the updates that it lost an iteration
-    might have been in time, so their loss is the reason then.
+    From the quorum on nothing depends on devices, and only while a worker has the model the global clock runs again.
+    Without the updates that it lost an iteration might have been in time, so their loss is the reason then.
     """
-    if state.phase is not Phase.COLLECTING or state.started is None or _complete(state, policy):
+    if state.started is None:
+        return None
+    if state.phase in WITH_WORKER:
+        return state.started + policy.global_window, GLOBAL_TIMEOUT
+    if state.phase is not Phase.COLLECTING or _complete(state, policy):
         return None
     clocks = [(state.started + policy.global_window, GLOBAL_TIMEOUT)]
     if state.selected < policy.start_threshold:
@@ -457,7 +517,8 @@ def _on_time(state: Iteration, event: TimePassed, now: float, policy: Policy) ->
         return state, ()
     due = deadline(state, policy)
     if due is None or now < due[0]:
-        return state, _seal_if_complete(state, policy)
+        collecting = state.phase is Phase.COLLECTING
+        return state, _seal_if_complete(state, policy) if collecting else ()
     return state, (_advance(state, policy, False, due[1]),)
 
 
@@ -466,14 +527,34 @@ def _on_sealed(state: Iteration, event: Sealed, now: float, policy: Policy) -> S
 
 
 def _on_claimed(state: Iteration, event: ReductionClaimed, now: float, policy: Policy) -> Step:
-    if event.digest:
-        state = replace(state, phase=Phase.CANDIDATE, token=event.token, digest=event.digest)
-        return state, (SpreadCandidate(state.number, state.attempt, event.digest),)
-    return replace(state, phase=Phase.REDUCING, token=event.token), (Reduce(state.number, state.attempt),)
+    state = replace(
+        state, phase=event.phase, token=event.token, aggregate=event.aggregate, digest=event.digest
+    )
+    return state, _finalise(state)
+
+
+def _finalise(state: Iteration) -> tuple[Effect, ...]:
+    """Return what the finaliser has to do."""
+    match state.phase:
+        case Phase.REDUCING:
+            return (Reduce(state.number, state.attempt),)
+        case Phase.TRAINING:
+            return (Keep(state.number, state.attempt, state.phase, state.aggregate),)
+        case Phase.TRAINED:
+            return (Keep(state.number, state.attempt, state.phase, state.digest),)
+        case Phase.CANDIDATE:
+            return (SpreadCandidate(state.number, state.attempt, state.digest),)
+    return ()
 
 
 def _on_reduced(state: Iteration, event: ModelReduced, now: float, policy: Policy) -> Step:
-    return state, (RecordCandidate(state.number, state.attempt, state.token, event.digest),)
+    record = RecordAggregate if policy.hybrid else RecordCandidate
+    return state, (record(state.number, state.attempt, state.token, event.digest),)
+
+
+def _on_aggregate(state: Iteration, event: AggregateRecorded, now: float, policy: Policy) -> Step:
+    state = replace(state, phase=Phase.TRAINING, aggregate=event.digest)
+    return state, _finalise(state)
 
 
 def _on_reduction_failed(state: Iteration, event: ReductionFailed, now: float, policy: Policy) -> Step:
@@ -482,11 +563,11 @@ def _on_reduction_failed(state: Iteration, event: ReductionFailed, now: float, p
 
 def _on_recorded(state: Iteration, event: CandidateRecorded, now: float, policy: Policy) -> Step:
     state = replace(state, phase=Phase.CANDIDATE, digest=event.digest)
-    return state, (SpreadCandidate(state.number, state.attempt, event.digest),)
+    return state, _finalise(state)
 
 
 def _on_spread(state: Iteration, event: CandidateSpread, now: float, policy: Policy) -> Step:
-    return state, (_advance(state, policy, True, SUCCESS),)
+    return state, (_advance(state, policy, True, TRAINED_SUCCESS if policy.hybrid else SUCCESS),)
 
 
 def _on_lost(state: Iteration, event: UpdatesLost, now: float, policy: Policy) -> Step:
@@ -557,10 +638,8 @@ def _part_in(seen: Iteration, event: Observed, policy: Policy) -> tuple[Effect, 
             return _seal_if_complete(seen, policy)
         case Phase.SEALED:
             return (ClaimReduction(seen.number, seen.attempt),)
-        case Phase.REDUCING if event.mine:
-            return (Reduce(seen.number, seen.attempt),)
-        case Phase.CANDIDATE if event.mine:
-            return (SpreadCandidate(seen.number, seen.attempt, seen.digest),)
+    if event.mine:
+        return _finalise(seen)
     return (ClaimReduction(seen.number, seen.attempt, seen.token),) if event.orphaned else ()
 
 
@@ -575,9 +654,13 @@ TABLE: dict[tuple[Phase, type[Event]], Rule] = {
     (Phase.COLLECTING, UploadCounted): _on_uploaded,
     (Phase.COLLECTING, TimePassed): _on_time,
     (Phase.COLLECTING, Sealed): _on_sealed,
-    **{(phase, ReductionClaimed): _on_claimed for phase in (Phase.SEALED, Phase.REDUCING, Phase.CANDIDATE)},
+    **{(phase, ReductionClaimed): _on_claimed for phase in Phase if phase is not Phase.COLLECTING},
     (Phase.REDUCING, ModelReduced): _on_reduced,
-    **{(phase, ReductionFailed): _on_reduction_failed for phase in (Phase.REDUCING, Phase.CANDIDATE)},
+    **{
+        (phase, ReductionFailed): _on_reduction_failed
+        for phase in (Phase.REDUCING, *WITH_WORKER, Phase.CANDIDATE)
+    },
+    (Phase.REDUCING, AggregateRecorded): _on_aggregate,
     (Phase.REDUCING, CandidateRecorded): _on_recorded,
     (Phase.CANDIDATE, CandidateSpread): _on_spread,
     **{(phase, UpdatesLost): _on_lost for phase in Phase},
@@ -585,7 +668,9 @@ TABLE: dict[tuple[Phase, type[Event]], Rule] = {
     **{(phase, Observed): _on_observed for phase in Phase},
     **{
         (phase, late): _ignore
-        for phase in (Phase.SEALED, Phase.REDUCING, Phase.CANDIDATE)
+        for phase in Phase
+        if phase is not Phase.COLLECTING
         for late in (ClientSelected, UploadCounted, TimePassed)
     },
+    **{(phase, TimePassed): _on_time for phase in WITH_WORKER},
 }

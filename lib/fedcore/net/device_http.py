@@ -13,9 +13,10 @@ Every state of a connection has a deadline; the site looks at all of them once a
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Container, Coroutine, Mapping
 from email.utils import formatdate
 from enum import Enum
+from types import MappingProxyType
 from typing import Any
 
 from twisted.internet import defer, protocol, task, tcp
@@ -176,7 +177,7 @@ class DeviceProtocol(protocol.Protocol):
             self._refuse(text_response(head.status, head.text))
             return
         self._head = head
-        route = self.site.routes.get(head.path)
+        route = self.site.route(head.path, self.transport.getPeer().host)
         if route is None:
             self._answer_unread(self.site.pages.not_found())
         elif not head.chunked and head.length == 0:
@@ -467,10 +468,20 @@ class DeviceSite(protocol.Factory):
     noisy = False
 
     def __init__(
-        self, routes: dict[bytes, Route], pages: Pages, limits: Limits, max_connections: int, reactor: Any
+        self,
+        routes: Mapping[bytes, Route],
+        pages: Pages,
+        limits: Limits,
+        max_connections: int,
+        reactor: Any,
+        *,
+        private: Mapping[bytes, Route] = MappingProxyType({}),
+        insiders: Container[str] = (),
     ) -> None:
-        """Serve ``routes`` (path -> route) to at most ``max_connections`` at a time."""
-        self.routes = routes
+        """Serve ``routes`` (path -> route), ``private`` ones to ``insiders``, to at most so many at a time."""
+        self._routes = routes
+        self._private = private
+        self._insiders = insiders
         self.pages = pages
         self.limits = limits
         self.connections: set[DeviceProtocol] = set()
@@ -496,6 +507,13 @@ class DeviceSite(protocol.Factory):
         if self.stopping or len(self.connections) >= self._max_connections:
             return _TurnedAway()  # None would do on plain TCP; Twisted's TLS cannot take it
         return DeviceProtocol(self)
+
+    def route(self, path: bytes, host: str) -> Route | None:
+        """Return what answers a path to a host; None if there is nothing for it."""
+        route = self._routes.get(path)
+        if route is None and path in self._private and host in self._insiders:
+            return self._private[path]
+        return route
 
     def forget(self, connection: DeviceProtocol) -> None:
         """Drop a connection that is over."""

@@ -5,16 +5,20 @@ Names are fl_<noun>_<unit>[_total] in base units; labels come from closed sets, 
 
 from __future__ import annotations
 
+import math
 import platform
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from fedcore import __version__
 from fedcore.core.iteration import Phase
+from fedcore.core.worker import Step
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OUTCOMES = {200: "accepted", 201: "not_ready", 300: "come_back", 400: "rejected", 500: "failed"}
 UNAVAILABLE = "unavailable"
+REFUSED = "refused"
+UNREACHABLE = "unreachable"
 _REQUEST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _ITERATION_BUCKETS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600, 14400)
 
@@ -93,6 +97,18 @@ class ServerMetrics(CommonMetrics):
             buckets=_REQUEST_BUCKETS,
             registry=registry,
         )
+        self._evaluation = Gauge(
+            "fl_evaluation_score",
+            "Score of the clients' evaluation vectors; told by the server that ended the last iteration",
+            ["eval_type"],
+            registry=registry,
+        )
+        self._trained = Gauge(
+            "fl_trained_model",
+            "What the worker of hybrid training told of the newest model",
+            ["figure"],
+            registry=registry,
+        )
         self._children: dict[tuple[str, str], Counter] = {}
         self._timers: dict[str, Histogram] = {}
 
@@ -109,7 +125,74 @@ class ServerMetrics(CommonMetrics):
         """Count one refused update; ``reason`` is an Acceptance, ``malformed`` or ``model``."""
         self._updates_refused.labels(reason).inc()
 
+    def show_evaluation(self, eval_type: str, score: float | None) -> None:
+        """Show the score of the last iteration; None if another server has it."""
+        if score is None:
+            self._evaluation.clear()
+        else:
+            self._evaluation.labels(eval_type).set(score)
+
+    def show_worker_metrics(self, loss: float, accuracy: float) -> None:
+        """Show what a worker told of the newest model."""
+        self._trained.labels("loss").set(loss)
+        self._trained.labels("accuracy").set(accuracy)
+
     def show_phase(self, current: Phase) -> None:
         """Mark the current phase."""
         for phase in Phase:
             self._phase.labels(phase.value).set(phase is current)
+
+
+class WorkerMetrics(CommonMetrics):
+    """What fl-workerd tells."""
+
+    def __init__(self) -> None:
+        super().__init__("workerd")
+        registry = self.registry
+        self._requests = Counter(
+            "fl_worker_requests_total",
+            "Rounds that servers were asked for, by what came of it",
+            ["round", "outcome"],
+            registry=registry,
+        )
+        self._iterations = Counter(
+            "fl_worker_iterations_total",
+            "Iterations of the job that this worker is through with, by what it did for them",
+            ["outcome"],
+            registry=registry,
+        )
+        self._step = Gauge("fl_worker_step", "1 for what the worker is about", ["step"], registry=registry)
+        self.iteration = Gauge("fl_worker_iteration", "Iteration that the worker is at", registry=registry)
+        self.training_steps = Counter(
+            "fl_worker_training_steps_total", "Training steps that are done", registry=registry
+        )
+        self.training_duration = Histogram(
+            "fl_worker_training_duration_seconds",
+            "From the pulled weights to the trained ones",
+            buckets=_ITERATION_BUCKETS,
+            registry=registry,
+        )
+        self.loss = Gauge(
+            "fl_worker_loss", "Loss of the last training, NaN before the first", registry=registry
+        )
+        self.accuracy = Gauge(
+            "fl_worker_accuracy", "Accuracy of the last training, NaN before the first", registry=registry
+        )
+        for figure in (self.loss, self.accuracy):
+            figure.set(math.nan)  # 0 would be a value that a training may have
+        self.registered = Gauge(
+            "fl_worker_registered", "1 while the worker is on the job's list", registry=registry
+        )
+
+    def request(self, round_name: str, outcome: str) -> None:
+        """Count one asked round; ``outcome`` is one of OUTCOMES, UNAVAILABLE, REFUSED or UNREACHABLE."""
+        self._requests.labels(round_name, outcome).inc()
+
+    def end_iteration(self, outcome: str) -> None:
+        """Count one iteration; ``outcome`` is a core.worker.Remark."""
+        self._iterations.labels(outcome).inc()
+
+    def show_step(self, current: Step) -> None:
+        """Mark what the worker is about."""
+        for step in Step:
+            self._step.labels(step.value).set(step is current)

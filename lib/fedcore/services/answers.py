@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedcore.config import Settings
+from fedcore.aggregation.scaffold import PREFIX as CONTROL
+from fedcore.config import AggregationType, EvalType, ServerMode, Settings
 from fedcore.models.history import ModelHistory
 from fedcore.net.routes import Response
 from fedcore.wire import codec
+from fedcore.wire.arrays import Weight
 from fedcore.wire.messages import (
     CipherPublicParams,
     CompressType,
@@ -26,8 +28,43 @@ _P_BYTES = 32
 _PRIME_BYTES = 33
 
 
+class Shown:
+    """Which weights travel in which answer, by server mode and rule.
+
+    ===================  ==============================  ==================================
+    mode                 startFLJob                      getModel
+    ===================  ==============================  ==================================
+    FEDERATED_LEARNING   all                             aggregated, without control.*
+    HYBRID_TRAINING      all                             all
+    CLOUD_TRAINING       none; control.* with Scaffold   aggregated, without control.*
+    ===================  ==============================  ==================================
+
+    Only Scaffold has a control.*; with every other rule such a name is a weight like any other.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._mode = settings.server_mode
+        self._scaffold = settings.aggregation.aggregation_type is AggregationType.SCAFFOLD
+
+    def at_start(self, weight: Weight) -> bool:
+        """Tell whether the answer to startFLJob carries a weight."""
+        return self._mode is not ServerMode.CLOUD_TRAINING or self._is_control(weight)
+
+    def as_model(self, weight: Weight) -> bool:
+        """Tell whether the answer to getModel carries a weight."""
+        if self._mode is ServerMode.HYBRID_TRAINING:
+            return True
+        return weight.aggregated and not self._is_control(weight)
+
+    def _is_control(self, weight: Weight) -> bool:
+        return self._scaffold and weight.name.startswith(CONTROL)
+
+
 def plan_of(settings: Settings) -> FLPlan:
-    """Build the training plan; every cipher table is always there, all zero while nothing is encrypted."""
+    """Build the training plan; every cipher table is always there, all zero while nothing is encrypted.
+
+    The rule of aggregation is never in it: whoever must know the rule has it in a configuration of its own.
+    """
     cipher = CipherPublicParams(
         settings.encrypt.encrypt_type.value,
         PWParams(p=bytes(_P_BYTES), prime=bytes(_PRIME_BYTES)),
@@ -61,7 +98,10 @@ class Answers:
 
     def __init__(self, settings: Settings, models: ModelHistory) -> None:
         self._plan = plan_of(settings)
+        self._shown = Shown(settings)
         self._sparse_rate = settings.compression.upload_sparse_rate
+        evaluated = settings.unsupervised.eval_type is not EvalType.NOT_EVAL
+        self._evaluation = UnsupervisedEvalFlg.EVAL_ENABLE if evaluated else UnsupervisedEvalFlg.EVAL_DISABLE
         self._models = models
         self._selected: Answer | None = None
         self._model_of: dict[int, Answer] = {}
@@ -76,7 +116,7 @@ class Answers:
     # ---- startFLJob
 
     def selected(self, next_req_time: int) -> Answer:
-        """Answer a startFLJob that has its place: the plan and the newest model."""
+        """Answer a startFLJob that has its place: the plan and, by mode, of the newest model all or a part."""
         if self._selected is None:
             reply = ResponseFLJob(
                 retcode=ResponseCode.SUCCEED,
@@ -85,12 +125,12 @@ class Answers:
                 is_selected=True,
                 next_req_time=str(next_req_time),
                 fl_plan_config=self._plan,
-                feature_map=self._models.newest_image.select(),  # type: ignore[arg-type]
+                feature_map=self._models.newest_image.select(self._shown.at_start),  # type: ignore[arg-type]
                 upload_compress_type=CompressType.NO_COMPRESS,
                 upload_sparse_rate=self._sparse_rate,
                 download_compress_type=CompressType.NO_COMPRESS,
                 compress_feature_map=(),
-                unsupervised_eval_flg=UnsupervisedEvalFlg.EVAL_DISABLE,
+                unsupervised_eval_flg=self._evaluation,
             )
             self._selected = _answer(reply.retcode, codec.encode_parts(reply))
         return self._selected
@@ -129,7 +169,7 @@ class Answers:
                 retcode=ResponseCode.SUCCEED,
                 reason=f"Get model for iteration {_unsigned(requested)}",
                 iteration=self._iteration,
-                feature_map=image.select(lambda weight: weight.aggregated),  # type: ignore[arg-type]
+                feature_map=image.select(self._shown.as_model),  # type: ignore[arg-type]
                 timestamp=str(next_req_time),
                 compress_feature_map=(),
             )

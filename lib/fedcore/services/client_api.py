@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from fedcore.config import Settings
+from fedcore.config import ServerMode, Settings
 from fedcore.core import admission, backoff
 from fedcore.core.admission import Acceptance, Selection, Verdict
 from fedcore.core.client_key import client_key
@@ -64,6 +64,7 @@ class ClientApi:
 
     Attributes:
         stopping: True answers every round with the text of a finished job.
+        for_workers: whether those who train are cloud workers rather than devices.
     """
 
     log = Logger()
@@ -81,6 +82,7 @@ class ClientApi:
     ) -> None:
         """Answer from ``driver`` and ``intake``; ``now_ms`` is the wall clock, ``chance`` gives 0..1."""
         self.stopping = False
+        self.for_workers = settings.server_mode is ServerMode.CLOUD_TRAINING
         self.driver = driver
         self.intake = intake
         self.layout = layout
@@ -446,7 +448,10 @@ async def _timed(round_: SmallRound | UploadRound, answering: Awaitable[Answer |
 def device_routes(
     api: ClientApi, prefix: str, metrics: ServerMetrics, clock: Callable[[], float]
 ) -> dict[bytes, Route]:
-    """Return path -> route; a prefix is put before the round's name as it is, without a slash between them."""
+    """Return path -> route; a prefix is put before the round's name as it is, without a slash between them.
+
+    Cloud workers of the original know no prefix: for them each round is at its plain path as well.
+    """
     failures: dict[str, Callable[[], Answer]] = {
         "startFLJob": lambda: api.answers.start_refused(500, INNER_ERROR, 0),
         "updateModel": lambda: api.answers.update(500, INNER_ERROR, 0),
@@ -457,7 +462,8 @@ def device_routes(
         UploadRound("updateModel", api, failures["updateModel"], metrics, clock),
         SmallRound("getModel", api.get_model, failures["getModel"], GET_LIMIT, metrics, clock),
     ]
-    return {((prefix or "/") + round_.name).encode(): round_ for round_ in rounds}
+    prefixes = {prefix or "/", *(("/",) if api.for_workers else ())}
+    return {(start + round_.name).encode(): round_ for start in prefixes for round_ in rounds}
 
 
 class DevicePages:

@@ -10,6 +10,7 @@ import contextlib
 
 from twisted.logger import Logger
 
+from fedcore.core.iteration import MADE, Phase
 from fedcore.core.node_id import host_of
 from fedcore.errors import FedcoreError, PeerError, StoreError
 from fedcore.services.iteration_driver import IterationDriver, Parts
@@ -32,6 +33,8 @@ class Departure:
         if cluster is None or not self._parts.redis.available:
             return
         try:
+            if await self._gave_model():
+                return
             held = await self._held_updates(cluster)
             if not held.partials or await self._has_sibling():
                 return
@@ -48,6 +51,20 @@ class Departure:
         if cluster is not None and self._parts.redis.available:
             with contextlib.suppress(StoreError):
                 await cluster.announce_release()
+
+    async def _gave_model(self) -> bool:
+        """Give away what a worker trains, or has trained; tell whether the updates in it are needed no more."""
+        driver, publication = self._driver, self._parts.publication
+        await driver.look()
+        now = driver.iteration
+        if now.phase not in MADE or not now.aggregate:
+            return False
+        pushed = now.phase is not Phase.TRAINING
+        candidate = publication.nominate(now.digest if pushed else now.aggregate, now.number)
+        if candidate is None:
+            return pushed
+        takers = await publication.offer(candidate, await driver.refresh_others())
+        return pushed or bool(takers)
 
     async def _held_updates(self, cluster: ClusterState) -> Closed:
         """Seal what this server holds of the current iteration; those that count."""

@@ -5,18 +5,21 @@ Each step on the shared state is a compare-and-set; one that is lost is answered
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from twisted.logger import Logger
 
 from fedcore.core import iteration as core
-from fedcore.services.publication import Candidate
+from fedcore.core.iteration import Phase
+from fedcore.services.publication import Candidate, Found
 from fedcore.services.recovery import Memory
 from fedcore.services.reduction import Reduced
 
 if TYPE_CHECKING:
     from fedcore.services.iteration_driver import IterationDriver, Parts
 
+TRAINED_WAIT_S = 10.0  # how long a worker's model is waited for that no living server has
+STALE_S = 5.0  # a longer pause between two searches is no waiting: this server was paused, or cut off
 CLAIM_PAUSE_S = 0.5  # the server that sealed an iteration makes its model, unless it dies first
 
 
@@ -25,11 +28,16 @@ class Finaliser:
 
     log = Logger()
 
-    def __init__(self, driver: IterationDriver, parts: Parts, memory: Memory) -> None:
+    def __init__(self, driver: IterationDriver, parts: Parts, memory: Memory, reactor: Any) -> None:
         self._driver = driver
         self._parts = parts
         self._memory = memory
+        self._reactor = reactor
         self._sealed_here: tuple[int, int] | None = None  # iteration and attempt that this server sealed
+        self._offered: tuple[str, set[str]] = "", set()  # digest of what the worker works on, and who has it
+        self._offering = False
+        self._restored = ""  # digest of an aggregate that was seen to
+        self._missed = ("", 0.0, 0.0)  # a worker's model that nobody has, since when, and when last
 
     async def seal(self, effect: core.Seal) -> core.Event | None:
         """Stop the counting."""
@@ -70,31 +78,76 @@ class Finaliser:
         self._parts.publication.hold(Candidate(driver.iteration.number, outcome.image, outcome.totals))
         return core.ModelReduced(outcome.image.digest)
 
-    async def record(self, effect: core.RecordCandidate) -> core.Event | None:
-        """Name the model in the shared state."""
+    async def record(self, effect: core.RecordCandidate | core.RecordAggregate) -> core.Event | None:
+        """Name the model of the updates in the shared state: it is published now, or trained further by a worker."""
         candidate = self._parts.publication.candidate(effect.digest)
         updates = 0 if candidate is None or candidate.totals is None else candidate.totals.count
-        done = await self._driver.joined_cluster().record_candidate(
-            effect.number, effect.attempt, effect.token, effect.digest, updates
+        final = isinstance(effect, core.RecordCandidate)
+        done = await self._driver.joined_cluster().record_model(
+            effect.number,
+            effect.attempt,
+            effect.token,
+            effect.digest,
+            updates,
+            Phase.CANDIDATE if final else Phase.TRAINING,
         )
-        return core.CandidateRecorded(effect.digest) if done else await self._driver.observed()
+        if not done:
+            return await self._driver.observed()
+        return (core.CandidateRecorded if final else core.AggregateRecorded)(effect.digest)
+
+    async def keep(self, effect: core.Keep) -> core.Event | None:
+        """Hold what the worker trains or has trained, here and at the others; what it trains can be made again."""
+        publication, driver = self._parts.publication, self._driver
+        others, began = await driver.refresh_others(), self._reactor.seconds()
+        found = await publication.obtain(effect.digest, effect.number, others)
+        if found is not Found.HERE and effect.phase is Phase.TRAINED:
+            return self._without_trained(effect.number, effect.digest, began)
+        if found is not Found.HERE:
+            return await self._make_again(effect.digest)
+        candidate = publication.nominate(effect.digest, effect.number)
+        if candidate is not None and not self._offering:
+            driver.run(self._offer(candidate, others))  # behind: who does not answer holds up nothing
+        if effect.phase is Phase.TRAINED:
+            await self._have_aggregate(driver.iteration.aggregate, effect.number, others)
+        return None
+
+    async def _have_aggregate(self, digest: str, number: int, others: list[str]) -> None:
+        """See once that this server has what the worker has trained further: another worker may go on from there.
+
+        What a worker has trained already does not depend on it.
+        """
+        publication = self._parts.publication
+        if digest == self._restored or publication.held(digest) is not None:
+            return
+        if await publication.obtain(digest, number, others) is Found.HERE or await self.reduce() is not None:
+            self._restored = digest
+
+    async def _offer(self, candidate: Candidate, others: list[str]) -> None:
+        """Give a model to those who do not have it yet; those who come later, or refuse now, are offered it again."""
+        digest = candidate.image.digest
+        if self._offered[0] != digest:
+            self._offered = digest, set()
+        held = self._offered[1]
+        new = sorted(set(others) - held)
+        self._offering = True
+        try:
+            held.update(await self._parts.publication.offer(candidate, new))
+        finally:
+            self._offering = False
 
     async def spread(self, digest: str) -> core.Event | None:
         """Make the candidate safe; one that died with its finaliser is made again."""
         driver, publication = self._driver, self._parts.publication
         number = driver.iteration.number
-        others = await driver.refresh_others()
+        others, began = await driver.refresh_others(), self._reactor.seconds()
         if publication.candidate(digest) is None:
-            await publication.obtain(digest, number, others)
-        if publication.candidate(digest) is None:
-            again = await self.reduce()
-            if not isinstance(again, core.ModelReduced):
-                return again
-            if again.digest != digest:
-                self.log.error(
-                    "the model of iteration {iteration} came out different the second time", iteration=number
-                )
-                return core.ReductionFailed(core.server_exited(number))
+            found = await publication.obtain(digest, number, others)
+            if found is not Found.HERE and driver.policy.hybrid:
+                return self._without_trained(number, digest, began)
+        if publication.nominate(digest, number) is None:
+            failed = await self._make_again(digest)
+            if failed is not None:
+                return failed
         candidate = publication.candidate(digest)
         if candidate is None:
             return None  # another instance has begun meanwhile
@@ -104,6 +157,39 @@ class Finaliser:
             driver.opening.problem = f"the new model cannot be written: {error}"
             raise
         return core.CandidateSpread()
+
+    async def _make_again(self, digest: str) -> core.Event | None:
+        """Make a model once more that was lost with its finaliser; return what prevents it."""
+        number = self._driver.iteration.number
+        again = await self.reduce()
+        if not isinstance(again, core.ModelReduced):
+            return again
+        if again.digest != digest:
+            self.log.error(
+                "the model of iteration {iteration} came out different the second time", iteration=number
+            )
+            return core.ReductionFailed(core.server_exited(number))
+        return None
+
+    def _without_trained(self, number: int, digest: str, began: float) -> core.Event | None:
+        """Wait for the server that has a worker's model; end the iteration if it does not come back.
+
+        Args:
+            number: the iteration.
+            digest: of the model.
+            began: when the search began that was in vain, seconds.
+        """
+        now = self._reactor.seconds()
+        missed, since, last = self._missed
+        if missed != digest or began - last > STALE_S:
+            since = began
+            self.log.warn(
+                "no server that lives has the worker's model of iteration {iteration}", iteration=number
+            )
+        self._missed = digest, since, now
+        if now - since < TRAINED_WAIT_S:
+            return None
+        return core.ReductionFailed(core.trained_lost(number))
 
     async def reopen(self, effect: core.Reopen) -> core.Event | None:
         """Go on without the updates that are lost."""

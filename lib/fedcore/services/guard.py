@@ -51,7 +51,7 @@ class UpdateGuard:
         cluster, now = driver.joined_cluster(), driver.iteration
         await self._driver.refresh_others()
         await self._own_a_ledger(cluster)
-        if now.phase in (Phase.REDUCING, Phase.CANDIDATE):
+        if now.token:
             await self._watch_finaliser(cluster)
         if now.interrupted and now.running is RunningState.RUNNING:
             await cluster.forget_interruption()  # an original scheduler has enabled the job
@@ -68,10 +68,19 @@ class UpdateGuard:
         if now.running is not RunningState.RUNNING:
             return
         finaliser = now.token.partition(":")[2] == self._driver.node_id
-        if now.phase is Phase.CANDIDATE and self._parts.publication.candidate(now.digest) is not None:
-            return  # the updates are in the model
+        if self._are_in_a_model(now):
+            return
         if now.phase is Phase.COLLECTING or finaliser:
             await self._give_up_lost(cluster, now)
+
+    def _are_in_a_model(self, now: Iteration) -> bool:
+        """Tell whether the updates are needed no more, as the model that was made of them is safe."""
+        publication = self._parts.publication
+        if now.phase is Phase.TRAINING:
+            return publication.held(now.aggregate) is not None
+        if now.phase is Phase.CANDIDATE and not now.aggregate:
+            return publication.candidate(now.digest) is not None
+        return now.phase in (Phase.TRAINED, Phase.CANDIDATE)  # a worker's model cannot be made again
 
     async def _give_up_lost(self, cluster: ClusterState, now: Iteration) -> None:
         known = now.changing and self._memory.sealed_at is not None

@@ -120,7 +120,7 @@ class IterationDriver(Service):
         self._memory = Memory(reactor)
         self._joining = Joining(self, parts, self._memory, settings, new_instance_name)
         self.opening = Opening(self, parts, reactor)
-        self._finaliser = Finaliser(self, parts, self._memory)
+        self._finaliser = Finaliser(self, parts, self._memory, reactor)
         self._guard = UpdateGuard(self, parts, self._memory)
         self._recovery = Recovery(self, parts, self._memory)
         self._run_id = ""  # of the Redis that knows all this server knows
@@ -169,15 +169,16 @@ class IterationDriver(Service):
         Whoever waits while Redis is away goes on as soon as this server can take part again.
         """
         away = not self._redis.available
-        return await self._wait(
+        return await self.until(
             lambda: (self.serving and self.where != seen) or (away and self.joined), seconds
         )
 
     async def store_back(self, seconds: float) -> bool:
         """Wait until this server can take part again, at most so many seconds; tell whether it can."""
-        return await self._wait(lambda: self.joined, seconds)
+        return await self.until(lambda: self.joined, seconds)
 
-    async def _wait(self, condition: Callable[[], bool], seconds: float) -> bool:
+    async def until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Wait until something holds of this server or its iteration; tell whether it does, in so many seconds."""
         limit = self._reactor.seconds() + seconds
         while not condition() and self.running and self._reactor.seconds() < limit:
             waiter: defer.Deferred[None] = defer.Deferred()
@@ -322,8 +323,10 @@ class IterationDriver(Service):
                 return await self._finaliser.claim(effect)
             case core.Reduce():
                 return await self._finaliser.reduce()
-            case core.RecordCandidate():
+            case core.RecordCandidate() | core.RecordAggregate():
                 return await self._finaliser.record(effect)
+            case core.Keep():
+                return await self._finaliser.keep(effect)
             case core.SpreadCandidate():
                 return await self._finaliser.spread(effect.digest)
             case core.Reopen():
@@ -333,6 +336,7 @@ class IterationDriver(Service):
                 self._intake.resume(attempt)
                 self.wake()
             case core.Advance():
+                self._reporter.ending(cluster, effect.number)
                 done = await cluster.advance(
                     effect.number,
                     effect.attempt,
@@ -343,6 +347,8 @@ class IterationDriver(Service):
                     token=effect.token,
                     base=effect.base,
                 )
+                if not done:
+                    self._reporter.not_ended()
                 return core.Advanced(effect.success, effect.result) if done else await self.observed()
             case core.Open():
                 await self.opening.open(effect)
@@ -450,7 +456,9 @@ class IterationDriver(Service):
     async def _watch_clock(self) -> None:
         """Look at the deadlines, and at the shared state first: an old copy must not end an iteration."""
         await self._observe()
-        if not self.busy:
+        if (
+            not self.busy or self.iteration.phase in core.WITH_WORKER
+        ):  # then the finaliser's Keep is all it does
             self.note(core.TimePassed())
 
     # ---- joining
@@ -505,6 +513,8 @@ class IterationDriver(Service):
         if now.phase is Phase.SEALED and before.phase is Phase.COLLECTING:
             self._memory.sealed_at = self._reactor.seconds()
         self._reporter.changed(before, now)
+        if now.phase is not before.phase and now.phase in core.MADE:
+            self.wake()
         due = core.deadline(now, self.policy)
         self._arm_deadline(None if due is None else due[0])
 

@@ -10,12 +10,13 @@ Rules kept here:
 
 from __future__ import annotations
 
-from ipaddress import ip_address, ip_network
+from collections.abc import Awaitable, Callable
 
 from twisted.logger import Logger
 
 from fedcore.errors import LocalError, PeerError, StoreError, StoreUnavailable
 from fedcore.ledger.ledger import Partial
+from fedcore.net.networks import Networks
 from fedcore.net.node_listener import Handler, Reply, Request
 from fedcore.services.answers import Answer
 from fedcore.services.client_api import ClientApi
@@ -24,11 +25,13 @@ from fedcore.services.ledgers import Ledgers
 from fedcore.services.peers import Peers, offer_of
 from fedcore.services.publication import Found, Publication
 from fedcore.services.update_intake import UpdateIntake
+from fedcore.services.worker_rounds import WorkerRounds
 from fedcore.wire import node_messages as messages
 from fedcore.wire.image import ModelImage
 from fedcore.wire.node import Command, PayloadKind, ProtoModel, ProtoParam, encode_model
 
-ROUNDS = {2: "startFLJob", 3: "updateModel", 4: "getModel"}  # user_cmd of a ROUND_REQUEST
+PUSH_METRICS = 5  # user_cmd of a ROUND_REQUEST
+NAMED_S = 1.0  # longest wait until this server has seen what the one that offers a model has
 
 
 class Unserved(PeerError):
@@ -48,9 +51,10 @@ class NodeApi:
         ledgers: Ledgers,
         publication: Publication,
         peers: Peers,
-        allowed_networks: tuple[str, ...],
+        allowed: Networks,
+        workers: WorkerRounds | None = None,
     ) -> None:
-        """Answer from the parts of a server; hosts in ``allowed_networks`` may be workers."""
+        """Answer from the parts of a server; hosts in ``allowed`` may be workers, ``workers`` are their rounds."""
         self._driver = driver
         self._api = api
         self._intake = intake
@@ -58,7 +62,15 @@ class NodeApi:
         self._publication = publication
         self._peers = peers
         self._shown: tuple[tuple[str, int, int], dict[str, Partial]] = (("", 0, 0), {})
-        self._networks = [ip_network(network) for network in allowed_networks]
+        self._rounds: dict[int, Callable[[memoryview], Awaitable[Answer | str]]] = {  # by user_cmd
+            2: api.start_fl_job,
+            3: self._update_model,
+            4: api.get_model,
+        }
+        if workers is not None:
+            self._rounds |= {0: workers.pull_weight, 1: workers.push_weight}
+        self._workers = workers
+        self._allowed = allowed
 
     def handlers(self) -> dict[int, Handler]:
         """Return command -> what it does."""
@@ -91,18 +103,11 @@ class NodeApi:
 
     def _for_workers(self, handler: Handler) -> Handler:
         async def checked(request: Request) -> Reply:
-            if not self._allows(request.peer) and not await self._registered(request.meta.send_node):
+            if request.peer not in self._allowed and not await self._registered(request.meta.send_node):
                 raise Unserved(f"{request.peer} is not in fedcore.node.allow")
             return await handler(request)
 
         return checked
-
-    def _allows(self, host: str) -> bool:
-        try:
-            address = ip_address(host)
-        except ValueError:
-            return False
-        return any(address in network for network in self._networks)
 
     async def _registered(self, node_id: str) -> bool:
         if node_id in self._driver.others:
@@ -121,13 +126,13 @@ class NodeApi:
     async def round_request(self, request: Request) -> Reply:
         """Serve a round to a worker as a device would be served."""
         number = request.meta.user_cmd
-        if number not in ROUNDS:
-            raise Unserved(f"Tcp server doesn't support command {number}")
-        body = memoryview(request.data)
-        if number == 3:
-            answer = await self._update_model(body)
+        body, workers = memoryview(request.data), self._workers
+        if number == PUSH_METRICS and workers is not None:  # its table does not name the iteration
+            answer = await workers.push_metrics(body, request.meta.iteration_num)
+        elif number in self._rounds:
+            answer = await self._rounds[number](body)
         else:
-            answer = await (self._api.start_fl_job if number == 2 else self._api.get_model)(body)
+            raise Unserved(f"Tcp server doesn't support command {number}")
         if isinstance(answer, str):
             return Reply(answer.encode())
         return Reply(b"".join(answer.response.parts), PayloadKind.FLATBUFFERS)
@@ -245,19 +250,30 @@ class NodeApi:
     async def offer_model(self, request: Request) -> Reply:
         """Read a new model from the server that made it."""
         asked = messages.unpack(messages.OfferModel, request.data)
-        if self._driver.iteration.digest != asked.digest:
+        if self._driver.busy and not self._is_named(asked):  # it looks once its effect is done
+            self._driver.look_soon()
+            await self._driver.until(lambda: self._is_named(asked), NAMED_S)
+        elif not self._is_named(asked):
             await self._driver.look()
-        now = self._driver.iteration
-        if (now.number, now.digest) != (asked.iteration, asked.digest):
-            raise Unserved("the shared state names no such candidate")
+        if not self._is_named(asked):
+            raise Unserved("the shared state names no such model")
         found = await self._publication.obtain(asked.digest, asked.iteration, [request.meta.send_node])
         if found is not Found.HERE:
             raise Unserved("the model that was offered cannot be had")
         return Reply(messages.pack(messages.Done()))
 
+    def _is_named(self, asked: messages.OfferModel) -> bool:
+        """Tell whether this server has seen the shared state name a model that is offered."""
+        now = self._driver.iteration
+        return now.number == asked.iteration and asked.digest in (now.aggregate, now.digest)
+
     async def describe_model(self, request: Request) -> Reply:
         """Tell how long a model is."""
         asked = messages.unpack(messages.DescribeModel, request.data)
+        now = self._driver.iteration
+        if asked.digest and asked.digest in (now.aggregate, now.digest):
+            # After a restart it may only be on the disk. No other server is waited for: that one may be asking here.
+            await self._publication.recall(asked.digest, now.number)
         return Reply(messages.pack(messages.ModelOffer(asked.digest, len(self._model(asked.digest).tail))))
 
     async def read_model(self, request: Request) -> Reply:

@@ -63,11 +63,14 @@ class Opening:
             self._models.carry_over(effect.ended)
         elif not await self._catch_up(effect.ended, effect.base):
             return
-        if self._driver.iteration.number != effect.number:
+        driver = self._driver
+        if driver.iteration.number != effect.number:
             return  # another instance has begun meanwhile
         self.serve(effect.number)
         if not again:  # else it was only rebased
             self._tell_end(effect, made)
+            if driver.policy.hybrid:
+                driver.run(self._clear_up(made, effect.ended))
 
     async def open_late(self) -> None:
         """Try again to get the model that the current iteration starts from."""
@@ -102,10 +105,18 @@ class Opening:
             None if made is None else made.totals,
             course.updates_before,
             course.seconds_until(now),
+            metrics=course.metrics_before,
         )
         self._parts.reporter.ended(end, course.end(end.valid, now))
-        if made is not None and made.checkpoint is None:
+        if made is not None and made.checkpoint is None and not driver.policy.hybrid:
             driver.run(self._parts.publication.save_behind(made, instance))
+
+    async def _clear_up(self, made: Candidate | None, ended: int) -> None:
+        """Drop from the disk what workers have pushed, once its model is a checkpoint or not needed."""
+        publication, instance = self._parts.publication, self._driver.joined_cluster().keys.instance
+        if made is not None and made.checkpoint is None:
+            await publication.save_behind(made, instance)
+        await publication.drop_pushed(ended, instance)
 
     async def _catch_up(self, ended: int, base: str) -> bool:
         """Get the model that an iteration starts from; tell whether it is here.

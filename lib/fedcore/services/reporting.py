@@ -1,14 +1,16 @@
 """What is told of the iterations: metrics, one log record each, events in the journal, callbacks.
 
+An iteration is told of once its evaluation is there, and after those before it; nothing else waits for that.
 ``Course`` remembers meanwhile what is to be told at an iteration's end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from twisted.internet import defer
 from twisted.logger import Logger
 
 from fedcore.core.iteration import Iteration, Phase, Policy
@@ -16,6 +18,8 @@ from fedcore.core.streak import Streak, follow
 from fedcore.ledger.layout import Totals
 from fedcore.observe.journal import Journal
 from fedcore.observe.metrics import ServerMetrics
+from fedcore.services.evaluation import Evaluation
+from fedcore.store.cluster_state import ClusterState
 from fedcore.wire.image import ModelImage
 
 
@@ -34,6 +38,9 @@ class IterationEnd:
         totals: what is known of the updates in the model, None if another server made it or there is none.
         updates: updates that the iteration had counted, as far as this server knows.
         seconds: from the first startFLJob to now, or None if nobody came.
+        evaluation: score of the clients' vectors, 0.0 if there are too few; None if that is off, failed, or for another
+            server to tell.
+        metrics: loss and accuracy that a worker told of the model, None if none did, or this server has not heard.
     """
 
     fl_name: str
@@ -46,6 +53,8 @@ class IterationEnd:
     totals: Totals | None
     updates: int
     seconds: float | None
+    evaluation: float | None = None
+    metrics: tuple[float, float] | None = None
 
 
 class Course:
@@ -55,12 +64,14 @@ class Course:
         filled: when all places of the current iteration were taken, or None.
         typical: seconds that the last valid iteration took from then to its end, or None.
         updates_before: updates that the iteration before had counted.
+        metrics_before: what a worker told of the iteration before, or None.
     """
 
     def __init__(self) -> None:
         self.filled: float | None = None
         self.typical: float | None = None
         self.updates_before = 0
+        self.metrics_before: tuple[float, float] | None = None
         self._started_before: float | None = None  # first startFLJob of the iteration before
         self._filled_before: float | None = None
         self._last_upload: float | None = None
@@ -73,6 +84,7 @@ class Course:
         """Take notice of a change of the iteration, which has so many places."""
         if after.number != before.number:
             self._started_before, self.updates_before = before.started, before.uploaded
+            self.metrics_before = before.metrics
             self._filled_before, self.filled = self.filled, None
         if self.filled is None and after.selected >= places:
             self.filled = now
@@ -98,12 +110,20 @@ class Reporter:
 
     log = Logger()
 
-    def __init__(self, metrics: ServerMetrics, journal: Journal, failure_limit: int) -> None:
+    def __init__(
+        self,
+        metrics: ServerMetrics,
+        journal: Journal,
+        failure_limit: int,
+        evaluation: Evaluation | None = None,
+    ) -> None:
         """Report to ``metrics`` and ``journal``; so many failed iterations in a row are an alarm."""
         self.on_iteration_end: list[Callable[[IterationEnd], None]] = []
         self._metrics = metrics
         self._journal = journal
         self._streak = Streak(failure_limit)
+        self._evaluation = evaluation
+        self._turn = defer.DeferredLock()  # iterations are told of in their order
         metrics.show_phase(Phase.COLLECTING)
 
     def policy(self, policy: Policy) -> None:
@@ -120,6 +140,20 @@ class Reporter:
         if now.phase is not before.phase or now.number != before.number:
             self._metrics.show_phase(now.phase)
 
+    def ending(self, cluster: ClusterState, number: int) -> None:
+        """Take notice that this server is about to end an iteration: its evaluation is this server's to tell.
+
+        To be called before the shared state is asked to end it, in the same turn of the reactor: so the vectors of
+        the next iteration's clients come later.
+        """
+        if self._evaluation is not None:
+            self._evaluation.begin(cluster, number)
+
+    def not_ended(self) -> None:
+        """Take notice that somebody else has ended that iteration."""
+        if self._evaluation is not None:
+            self._evaluation.forget()
+
     def ended(self, end: IterationEnd, publication_s: float | None) -> None:
         """Tell that an iteration has ended, so many seconds after its last update reached this server."""
         if end.valid and end.seconds is not None:
@@ -127,7 +161,28 @@ class Reporter:
             if publication_s is not None:
                 self._metrics.publication.observe(publication_s)
         self._metrics.iterations.labels("valid" if end.valid else "failed").inc()
+        told = defer.Deferred.fromCoroutine(self._evaluate_and_tell(end))
+        told.addErrback(lambda failure: self.log.failure("the end of an iteration cannot be told", failure))
+
+    async def _evaluate_and_tell(self, end: IterationEnd) -> None:
+        evaluation = self._evaluation
+        score = None if evaluation is None else evaluation.take(end.number)
+        await self._turn.acquire()
+        try:
+            if evaluation is not None:
+                value = None if score is None else await score
+                self._metrics.show_evaluation(evaluation.eval_type, value)
+                end = replace(end, evaluation=value)
+            self._tell(end)
+        finally:
+            self._turn.release()
+
+    def _tell(self, end: IterationEnd) -> None:
         report = self.log.info if end.valid else self.log.warn
+        told = {} if end.evaluation is None else {"evaluation": end.evaluation}
+        if end.valid and end.metrics is not None:
+            told |= dict(zip(("loss", "accuracy"), end.metrics, strict=True))
+            self._metrics.show_worker_metrics(*end.metrics)
         report(
             "iteration {iteration} ended: {result}",
             iteration=end.number,
@@ -135,6 +190,7 @@ class Reporter:
             result=end.result,
             updates=end.updates,
             seconds=end.seconds,
+            **told,
         )
         self._streak, run = follow(self._streak, end.valid)
         if run is not None:

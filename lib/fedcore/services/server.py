@@ -15,20 +15,26 @@ from typing import Any
 from twisted.internet import defer
 from twisted.logger import Logger
 
+from fedcore.aggregation.arithmetic import Arithmetic, choose
+from fedcore.aggregation.rules import rule_named
 from fedcore.config import Address, Settings
+from fedcore.config.settings import ServerMode, SumDevice
 from fedcore.errors import ConfigError
 from fedcore.models import checkpoints
 from fedcore.models.formats import ModelFile, read_model
 from fedcore.models.history import ModelHistory
+from fedcore.models.kept import with_kept
 from fedcore.net.device_http import DeviceSite
+from fedcore.net.networks import Networks
 from fedcore.net.node_client import NodeClient
 from fedcore.net.node_listener import NodeListener
-from fedcore.net.routes import Limits
+from fedcore.net.routes import Limits, Route
 from fedcore.observe.journal import Journal
 from fedcore.observe.metrics import ServerMetrics
 from fedcore.services.callbacks import Callback
 from fedcore.services.client_api import ClientApi, DevicePages, device_routes
 from fedcore.services.departure import Departure
+from fedcore.services.evaluation import evaluation_of
 from fedcore.services.heartbeat import Heartbeat
 from fedcore.services.iteration_driver import IterationDriver, Parts
 from fedcore.services.ledgers import Ledgers
@@ -40,6 +46,7 @@ from fedcore.services.reduction import Reduction
 from fedcore.services.reporting import Reporter
 from fedcore.services.terms import ledger_shape, update_limit
 from fedcore.services.update_intake import UpdateIntake
+from fedcore.services.worker_rounds import WorkerRounds, worker_routes
 from fedcore.store.redis import Redis
 from fedcore.wire.arrays import Layout
 from fedcore.wire.image import ImageTemplate
@@ -100,6 +107,8 @@ class Server:
         self._reactor = reactor
         self._redis = redis
         newest, model = _find_model(settings.fl_name, options)
+        rule = settings.aggregation
+        model = with_kept(model, rule_named(rule.aggregation_type.value, rule.total_client_num))
         layout = Layout.of(model.weights, model.not_aggregated)
         template = ImageTemplate(layout)
         history = ModelHistory(newest, template.image(model.weights))
@@ -117,20 +126,29 @@ class Server:
             settings.fedcore.ledger.fsync,
             reactor,
         )
+        evaluation = evaluation_of(settings, reactor)
         self._intake = intake = UpdateIntake(
-            ledgers, options.checkpoint_dir, node_id, layout.total_floats, device.hold_time, reactor
+            ledgers,
+            options.checkpoint_dir,
+            node_id,
+            layout.total_floats,
+            device.hold_time,
+            reactor,
+            0 if evaluation is None else evaluation.clients,
         )
         publication = Publication(
             settings.fl_name, options.checkpoint_dir, history, template, peers, reactor, datetime.now
         )
         journal = Journal(Path(settings.summary.failure_event_file), str(address), datetime.now)
-        reporter = Reporter(metrics, journal, settings.summary.continuous_failure_times)
+        reporter = Reporter(metrics, journal, settings.summary.continuous_failure_times, evaluation)
+        computing = self._arithmetic(settings.fedcore.aggregation.device)
+        reduction = Reduction(node_id, ledgers, intake, peers, template, reactor, computing)
         parts = Parts(
             redis,
             ledgers,
             intake,
             history,
-            Reduction(node_id, ledgers, intake, peers, template, reactor),
+            reduction,
             publication,
             peers,
             LossJudge(node_id, ledgers, peers, reactor),
@@ -145,16 +163,24 @@ class Server:
             lambda: driver.cluster, "server", node_id, str(address), reactor
         )
         driver.on_join.append(heartbeat.beat)
+        driver.on_terms.append(reduction.follow_terms)
+        prefix, allowed = settings.client.http_url_prefix, Networks(settings.fedcore.node.allow)
+        workers: WorkerRounds | None = None
+        private: dict[bytes, Route] = {}
+        if settings.server_mode is ServerMode.HYBRID_TRAINING:
+            workers = WorkerRounds(driver, publication, template, device.hold_time, reactor)
+            if settings.fedcore.node.worker_http:
+                private = worker_routes(workers, prefix, longest, metrics, reactor.seconds)
         self.site = DeviceSite(
-            device_routes(self._api, settings.client.http_url_prefix, metrics, reactor.seconds),
+            device_routes(self._api, prefix, metrics, reactor.seconds),
             DevicePages(),
             Limits(device.header_timeout, device.body_timeout, device.min_body_rate, device.idle_timeout),
             device.max_connections,
             reactor,
+            private=private,
+            insiders=allowed,
         )
-        node_api = NodeApi(
-            driver, self._api, intake, ledgers, publication, peers, settings.fedcore.node.allow
-        )
+        node_api = NodeApi(driver, self._api, intake, ledgers, publication, peers, allowed, workers)
         self.node_listener = NodeListener(
             node_id,
             node_api.handlers(),
@@ -173,6 +199,14 @@ class Server:
             floats=layout.total_floats,
             newest=newest,
         )
+
+    def _arithmetic(self, device: SumDevice) -> Arithmetic:
+        """Choose what computes sums and models, and tell where it is not what was asked for."""
+        arithmetic, why_not = choose(device.value)
+        if why_not:
+            tell = self.log.warn if device is SumDevice.CUDA else self.log.info
+            tell("sums and models are computed on the CPU: {reason}", reason=why_not)
+        return arithmetic
 
     def checks(self) -> dict[str, Callable[[], str | None]]:
         """Return what must hold for the server to be ready."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedcore.config import Settings
+from fedcore.config.settings import ServerMode
 from fedcore.core.iteration import Policy
 from fedcore.core.quorum import update_threshold
 from fedcore.ledger.layout import Shape
@@ -22,6 +23,7 @@ def policy_of(settings: Settings) -> Policy:
         update_window=windows.update_model_time_window / 1000,
         global_window=windows.global_iteration_time_window / 1000,
         last_iteration=settings.fl_iteration_num,
+        hybrid=settings.server_mode is ServerMode.HYBRID_TRAINING,
     )
 
 

@@ -1,4 +1,7 @@
-"""Updates on their way into the sum: room for bodies, acceptance by the shared state, merging, sealing."""
+"""Updates on their way into the sum: room for bodies, acceptance by the shared state, merging, sealing.
+
+The evaluation vector that comes with an update goes to the shared state, in the step that counts the update.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from fedcore.errors import FedcoreError, LocalError, StoreUnavailable
 from fedcore.ledger.layout import Epoch
 from fedcore.ledger.ledger import MERGE_BATCH, Ledger, Partial, Slot
 from fedcore.ledger.spool import Spool, open_spool
+from fedcore.services.evaluation import longest_vector, vector_of
 from fedcore.services.ledgers import Ledgers, update_of
 from fedcore.store.cluster_state import ClientMeta, ClusterState, IterationMoved, LeaseLapsed, LedgerRevoked
 from fedcore.wire.messages import RequestUpdateModel
@@ -50,6 +54,7 @@ class UpdateIntake(Service):
         model_floats: int,
         room_timeout: float,
         reactor: Any,
+        vectors_kept: int = 0,
     ) -> None:
         """Fill the own one of ``ledgers``.
 
@@ -60,6 +65,7 @@ class UpdateIntake(Service):
             model_floats: elements of the model; decides whether merges run in a thread.
             room_timeout: seconds that a body may wait for a slot.
             reactor: for threads and time.
+            vectors_kept: of how many clients the shared state keeps evaluation vectors; 0 keeps none.
         """
         self._ledgers = ledgers
         self._spool_dir = spool_dir
@@ -67,6 +73,8 @@ class UpdateIntake(Service):
         self._inline = model_floats <= INLINE_FLOATS and not ledgers.durable
         self._room_timeout = room_timeout
         self._reactor = reactor
+        self._vectors_kept = vectors_kept
+        self._vectors_refused = 0  # in the current iteration
         self._epoch: Epoch | None = None
         self._attempt = 1
         self._begun_in: Ledger | None = None  # the ledger that takes the updates of the epoch
@@ -268,6 +276,7 @@ class UpdateIntake(Service):
         epoch: Epoch | None,
     ) -> tuple[Acceptance, int, ClientMeta | None]:
         limit = self._reactor.seconds() + self._room_timeout
+        vector = self._vector_of(request) if fit else b""
         while True:
             try:
                 return await cluster.accept_upload(
@@ -279,6 +288,8 @@ class UpdateIntake(Service):
                     ledger_id=ledger.id,
                     node_id=self._node_id,
                     fit=fit,
+                    vector=vector,
+                    kept=self._vectors_kept,
                 )
             except LedgerRevoked:
                 # Not on record yet, or forgotten: within a second the driver sees to it or drops the ledger.
@@ -290,6 +301,15 @@ class UpdateIntake(Service):
             await cluster.redis.connected()
             if self._epoch != epoch:
                 raise IterationMoved(0)  # another instance answers for nothing of the old one
+
+    def _vector_of(self, request: RequestUpdateModel) -> bytes:
+        """Return an update's evaluation vector as the shared state holds it, b"" if there is none that may be kept."""
+        if not self._vectors_kept or request.unsupervised_eval_items is None:
+            return b""
+        vector = vector_of(request.unsupervised_eval_items, longest_vector(self._vectors_kept))
+        if vector is None:
+            self._vectors_refused += 1
+        return vector or b""
 
     async def _on_disk(self, ledger: Ledger) -> None:
         """Wait until what was recorded is on the disk; one flush serves all that wait when it begins."""
@@ -338,6 +358,13 @@ class UpdateIntake(Service):
         ledger = self._ledgers.own
         epoch, self._next = self._next, None
         assert epoch is not None
+        if self._vectors_refused:
+            self.log.warn(
+                "{vectors} evaluation vectors have more than {longest} values and are not kept; their updates are",
+                vectors=self._vectors_refused,
+                longest=longest_vector(self._vectors_kept),
+            )
+            self._vectors_refused = 0
         self._epoch, self._fault, self._sealing = epoch, None, False
         self._begun_in = None
         self._ledgers.begin(epoch)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from fedcore.core.admission import Acceptance, Selection
 from fedcore.core.client_key import client_key
-from fedcore.core.iteration import Iteration, Phase
+from fedcore.core.iteration import MADE, Iteration, Phase
 from fedcore.core.job import RunningState
 from fedcore.errors import StoreError
 from fedcore.store import keys
@@ -184,6 +184,7 @@ class ClusterState:
         self.keys = keys.InstanceKeys(fl_name, instance)
         self._job_ttl = keys.job_ttl(global_window_ms)
         self._iteration_ttl = keys.iteration_ttl(global_window_ms)
+        self._evaluation_ttl = keys.evaluation_ttl(global_window_ms)
         self._channel = keys.changes(fl_name)
 
     async def read(self) -> Look:
@@ -214,9 +215,11 @@ class ClusterState:
             arguments.append("" if ago is None else int(ago * 1000))
         arguments += ["lastIterationSuccess", int(known.success), "lastIterationResult", known.result]
         arguments += ["runningState", int(now.running), "base", now.base, "lost", now.lost]
-        for name, value in (("token", now.token), ("digest", now.digest)):
+        for name, value in (("token", now.token), ("aggregate", now.aggregate), ("digest", now.digest)):
             arguments += [name, value] if value else []
-        arguments += ["updates", now.uploaded] if now.phase is Phase.CANDIDATE else []
+        for name, figure in zip(("loss", "accuracy"), now.metrics or (), strict=False):
+            arguments += [name, repr(figure)]
+        arguments += ["updates", now.uploaded] if now.phase in MADE else []
         arguments += ["disabled", 1] if now.interrupted else []
         names = [keys.instance_name(self.keys.fl_name), self.keys.status]
         return Raised((await self.redis.script("raise_status", names, arguments)).decode())
@@ -320,6 +323,8 @@ class ClusterState:
         ledger_id: str,
         node_id: str,
         fit: bool,
+        vector: bytes = b"",
+        kept: int = 0,
     ) -> tuple[Acceptance, int, ClientMeta | None]:
         """Count an update; the answer ACCEPTED is the only permission to say 200.
 
@@ -332,6 +337,8 @@ class ClusterState:
             ledger_id: where the update lies.
             node_id: the server, which must own that ledger and hold a lease.
             fit: False only asks what the answer would be.
+            vector: the client's evaluation vector, kept in the same step if the update is counted now; b"" for none.
+            kept: of how many clients the vectors are kept, the newest of each.
 
         Returns:
             The outcome, the count of accepted updates and the client's meta where it is ACCEPTED. An update that
@@ -367,11 +374,18 @@ class ClusterState:
             self.keys.instance,
             int(keys.HOLD_OFF_S * 1000),
         ]
+        if vector and kept:
+            names += [self.keys.evaluated, self.keys.evaluation]
+            arguments += [vector, kept, self._evaluation_ttl]
         word, count, text = await self.redis.script("accept_upload", names, arguments)
         self._raise_if_elsewhere(word, count)
         acceptance = Acceptance(word.decode())
         meta = ClientMeta.unpack(text) if acceptance is Acceptance.ACCEPTED else None
         return acceptance, int(count), meta
+
+    async def vectors(self) -> list[bytes]:
+        """Return the newest evaluation vector of each of the clients whose vectors are kept, in no order."""
+        return [bytes(vector) for vector in await self.redis.command("HVALS", self.keys.evaluation)]
 
     async def own_ledger(self, ledger_id: str, node_id: str, before: str = "") -> bool:
         """Make a node the owner of a ledger by compare-and-set; False if neither it nor ``before`` owns it."""
@@ -427,10 +441,10 @@ class ClusterState:
         names = [self.keys.status, self.keys.uploads(number)]
         return bool(await self.redis.script("seal", names, [self._channel, number, attempt, quorum]))
 
-    async def record_candidate(
-        self, number: int, attempt: int, token: str, digest: str, updates: int
+    async def record_model(
+        self, number: int, attempt: int, token: str, digest: str, updates: int, phase: Phase
     ) -> bool:
-        """Name the finaliser's model, by compare-and-set.
+        """Name the model that the finaliser has made of the updates, by compare-and-set.
 
         Args:
             number: the iteration.
@@ -438,17 +452,54 @@ class ClusterState:
             token: of the finaliser.
             digest: of the model.
             updates: how many are in it.
+            phase: what follows, CANDIDATE, or TRAINING if a worker is to train it further.
 
         Returns:
             False if the state or the token is another one, or more or fewer updates are counted by now.
         """
         names = [self.keys.status, self.keys.uploads(number)]
-        arguments: list[Argument] = [number, attempt, token, digest, updates]
-        return bool(await self.redis.script("record_candidate", names, arguments))
+        arguments: list[Argument] = [number, attempt, token, digest, updates, phase.value, self._channel]
+        return bool(await self.redis.script("record_model", names, arguments))
+
+    async def push_weight(self, number: int, attempt: int, aggregate: str, digest: str) -> bool:
+        """Name the model that a worker has trained from the aggregate, by compare-and-set; the first one counts.
+
+        Args:
+            number: the iteration.
+            attempt: its attempt.
+            aggregate: digest of what the worker has trained further.
+            digest: of the model.
+
+        Returns:
+            False if the state is another one. A repetition is True again.
+
+        Raises:
+            OthersAwaited: Redis has lost data, and not everybody has brought back yet what it knows.
+        """
+        names = [
+            self.keys.status,
+            self.keys.awaited(self.redis.run_id),
+            keys.instance_name(self.keys.fl_name),
+        ]
+        arguments: list[Argument] = [self._channel, number, attempt, aggregate, digest]
+        arguments += [int(keys.DOUBT_S * 1000), self.keys.instance]
+        done = await self.redis.script("push_weight", names, arguments)
+        if done < 0:
+            raise OthersAwaited("other servers are to bring back first what Redis has lost")
+        return bool(done)
+
+    async def push_metrics(self, number: int, attempt: int, loss: float, accuracy: float) -> bool:
+        """Note what a worker says of the model that it has pushed, and let that be published, by compare-and-set.
+
+        Returns:
+            False if nothing was pushed or the state is another one. A repetition is True again.
+        """
+        arguments: list[Argument] = [self._channel, number, attempt, repr(loss), repr(accuracy)]
+        return bool(await self.redis.script("push_metrics", [self.keys.status], arguments))
 
     async def claim_reduction(
         self, number: int, attempt: int, token: str, node_id: str
-    ) -> tuple[str, str] | None:
+    ) -> tuple[str, Phase, str, str] | None:
         """Make a node the finaliser of a sealed iteration.
 
         Args:
@@ -458,11 +509,15 @@ class ClusterState:
             node_id: the node.
 
         Returns:
-            Its token and the digest of the candidate that is recorded, or ""; None if the state is another one.
+            Its token, the phase, and the digests of aggregate and candidate as recorded, or ""; None if the state is
+            another one.
         """
         arguments: list[Argument] = [number, attempt, token, node_id]
         answer = await self.redis.script("claim_reduction", [self.keys.status], arguments)
-        return (answer[0].decode(), answer[1].decode()) if answer else None
+        if not answer:
+            return None
+        claimed, phase, aggregate, digest = (part.decode() for part in answer)
+        return claimed, Phase(phase), aggregate, digest
 
     async def reopen(
         self, number: int, attempt: int, *, phase: Phase, token: str, ledgers: Sequence[str]
@@ -623,6 +678,8 @@ def _snapshot(answer: Sequence[bytes | int]) -> Snapshot:
         selected=selected,
         uploaded=uploaded,
         token=text("token"),
+        aggregate=text("aggregate"),
+        metrics=(float(text("loss")), float(text("accuracy"))) if text("loss") and text("accuracy") else None,
         digest=text("digest"),
         base=text("base"),
         lost=int(text("lost", "0")),

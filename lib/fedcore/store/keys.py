@@ -11,6 +11,8 @@
     ms_fl:{fl}:ModelInfo:String                     string  job        names and sizes of the weights; first server
     P waiting:ZSet                                  zset    as needed  refused client -> when it is told to return (ms)
     P ledgers:Hash                                  hash    job        ledger id -> node id of its owner, or "revoked"
+    P evaluation:Hash                               hash    evaluation client -> its newest evaluation vector, float32
+    P evaluated:ZSet                                zset    evaluation client -> when that was kept (microseconds)
     P revoked:Hash                                  hash    job        ledger that was given up -> in which iteration
     I clients:Hash                                  hash    iteration  client -> "data_size,eval_data_size,start_ms"
     I uploads:Hash                                  hash    iteration  client -> id of the ledger that holds its update
@@ -24,11 +26,12 @@ the workers and schedulers of MindSpore Federated 0.1 read; the others are fedco
 
 Fields of status:Hash. Theirs: iterationNum, lastIterationSuccess ("0"/"1"), lastIterationResult, runningState.
 Ours: attempt, phase, token (of the finaliser, see claim_reduction.lua), fence (number of the last token), digest (of
-the candidate model), updates (in it), base (digest of the model that devices train from), lost (updates of this
-iteration that were counted and then lost), disabled ("1" once a disabled job's iteration was ended), epoch (how many
-instances the job had before), and startedMs, firstUploadMs, sealedMs (of this iteration, by Redis' clock). A status
-that was written by the original lacks ours, and runningState may be missing: it then counts as running, collecting, in
-its first attempt.
+the candidate model, or of what a worker has trained), updates (in it), aggregate (digest of what a worker is to train
+further), loss and accuracy (as the worker tells them), base (digest of the model that devices train from), lost
+(updates of this iteration that were counted and then lost), disabled ("1" once a disabled job's iteration was ended),
+epoch (how many instances the job had before), and startedMs, firstUploadMs, sealedMs (of this iteration, by Redis'
+clock). A status that was written by the original lacks ours, and runningState may be missing: it then counts as
+running, collecting, in its first attempt.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ AWAITED_TTL_S = 3_600
 REVOKED = "revoked"  # owner of a ledger whose updates were given up
 RELEASE_TTL_S = 60  # an ended iteration's clients and uploads still answer late repeats for this long
 _WEEK_S = 604_800
+_DAY_S = 86_400
 _ITERATION_SLACK_S = 1_800
 
 
@@ -68,6 +72,11 @@ def job_ttl(global_window_ms: int) -> int:
 def iteration_ttl(global_window_ms: int) -> int:
     """Seconds that the keys of an iteration outlive their first write."""
     return global_window_ms // 1000 + _ITERATION_SLACK_S
+
+
+def evaluation_ttl(global_window_ms: int) -> int:
+    """Seconds that the evaluation vectors outlive the last one that was kept."""
+    return global_window_ms // 1000 + _DAY_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +110,16 @@ class InstanceKeys:
     def ledgers(self) -> str:
         """Owners of the ledgers."""
         return f"{self.prefix}ledgers:Hash"
+
+    @property
+    def evaluation(self) -> str:
+        """The clients' evaluation vectors."""
+        return f"{self.prefix}evaluation:Hash"
+
+    @property
+    def evaluated(self) -> str:
+        """When each of these was kept."""
+        return f"{self.prefix}evaluated:ZSet"
 
     @property
     def revoked(self) -> str:

@@ -21,6 +21,7 @@ import txredisapi
 from OpenSSL import SSL
 from service_identity import VerificationError
 from twisted.internet import defer, task
+from twisted.internet.error import ConnectionRefusedError as NobodyListens
 from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger, LogLevel
@@ -39,7 +40,7 @@ RIGHTS = (
     "resetkeys ~ms_fl:* resetchannels &ms_fl:* -@all +ping +select +info +wait +script|load +eval +evalsha +time "
     "+exists +expire +pexpire +pttl +del +get +set +hget +hset +hsetnx +hincrby +hdel "
     "+hgetall +hexists +hlen +hmget +hvals "
-    "+zadd +zcard +zcount +zrem +zremrangebyscore +zscore +publish +subscribe +unsubscribe"
+    "+zadd +zcard +zcount +zpopmin +zrem +zremrangebyscore +zscore +publish +subscribe +unsubscribe"
 )
 
 # Error replies that say "not here, not now": the connection is given up and another one is made, perhaps elsewhere.
@@ -59,6 +60,7 @@ _TLS_REMEDY = (
 _CLOSED_REMEDY = (
     "a port of Redis that has TLS closes what is not TLS, and the other way round: see fedcore.redis.tls"
 )
+_REFUSED_REMEDY = "is it running, and is distributed_cache.address right?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +313,10 @@ class Link:
         except Exception as error:
             if not self.running:
                 raise defer.CancelledError from error
-            raise StoreUnavailable(str(error) or type(error).__name__) from error
+            wrong_address = isinstance(error, NobodyListens) and self._moved is None
+            raise StoreUnavailable(
+                str(error) or type(error).__name__, hint=_REFUSED_REMEDY if wrong_address else ""
+            ) from error
 
     async def _serve(self, connection: Any) -> None:
         """See a connection through, from its first word to its end."""

@@ -11,6 +11,7 @@ from fedcore.core.iteration import (
     TABLE,
     Advance,
     Advanced,
+    AggregateRecorded,
     CandidateRecorded,
     CandidateSpread,
     ClaimReduction,
@@ -20,12 +21,14 @@ from fedcore.core.iteration import (
     Finish,
     Interrupt,
     Iteration,
+    Keep,
     Leave,
     ModelReduced,
     Observed,
     Open,
     Phase,
     Policy,
+    RecordAggregate,
     RecordCandidate,
     Reduce,
     ReductionClaimed,
@@ -49,7 +52,7 @@ from fedcore.core.iteration import (
 from fedcore.core.job import RunningState
 from fedcore.errors import LocalError
 
-COLLECTING, SEALED, REDUCING, CANDIDATE = Phase
+COLLECTING, SEALED, REDUCING, TRAINING, TRAINED, CANDIDATE = Phase
 RUNNING, DISABLE, FINISH, STOP = RunningState
 MINE, THEIRS = "7:me", "6:you"  # tokens
 
@@ -98,6 +101,7 @@ EVENTS: dict[type[Event], Event] = {
     ReductionClaimed: ReductionClaimed(MINE),
     ModelReduced: ModelReduced("d1"),
     ReductionFailed: ReductionFailed("why"),
+    AggregateRecorded: AggregateRecorded("a1"),
     CandidateRecorded: CandidateRecorded("d1"),
     CandidateSpread: CandidateSpread(),
     UpdatesLost: UpdatesLost(5, 1, ("L1",)),
@@ -109,7 +113,10 @@ ANYWHERE = {ClientSelected, UploadCounted, TimePassed, UpdatesLost, Advanced, Ob
 POSSIBLE = {
     COLLECTING: ANYWHERE | {Sealed},
     SEALED: ANYWHERE | {ReductionClaimed},
-    REDUCING: ANYWHERE | {ReductionClaimed, ModelReduced, ReductionFailed, CandidateRecorded},
+    REDUCING: ANYWHERE
+    | {ReductionClaimed, ModelReduced, ReductionFailed, AggregateRecorded, CandidateRecorded},
+    TRAINING: ANYWHERE | {ReductionClaimed, ReductionFailed},
+    TRAINED: ANYWHERE | {ReductionClaimed, ReductionFailed},
     CANDIDATE: ANYWHERE | {ReductionClaimed, ReductionFailed, CandidateSpread},
 }
 
@@ -180,7 +187,14 @@ def test_an_iteration_from_its_first_device_to_the_next_one() -> None:
 
 
 def test_the_phases_are_what_the_shared_state_holds() -> None:
-    assert [phase.value for phase in Phase] == ["collecting", "sealed", "reducing", "candidate"]
+    assert [phase.value for phase in Phase] == [
+        "collecting",
+        "sealed",
+        "reducing",
+        "training",
+        "trained",
+        "candidate",
+    ]
 
 
 def test_the_rank_rises_with_number_then_attempt_then_phase() -> None:
@@ -188,6 +202,8 @@ def test_the_rank_rises_with_number_then_attempt_then_phase() -> None:
         at(),
         at(SEALED),
         at(REDUCING),
+        at(TRAINING),
+        at(TRAINED),
         at(CANDIDATE),
         at(attempt=2),
         at(CANDIDATE, attempt=2),
@@ -314,7 +330,7 @@ def test_who_has_the_token_sums(phase: Phase) -> None:
 
 @pytest.mark.parametrize("phase", [SEALED, REDUCING, CANDIDATE])
 def test_who_succeeds_a_finaliser_with_a_candidate_spreads_that_one(phase: Phase) -> None:
-    event = ReductionClaimed(MINE, "d1")
+    event = ReductionClaimed(MINE, CANDIDATE, digest="d1")
     expected = at(CANDIDATE, token=MINE, digest="d1", attempt=3)
     before = at(phase, token=THEIRS, attempt=3)
     assert step(before, event, 1.0, POLICY) == (expected, (SpreadCandidate(5, 3, "d1"),))
@@ -328,7 +344,7 @@ def test_a_candidate_is_recorded_and_published_under_the_own_token() -> None:
     assert effects == (Advance(5, 2, True, VALID, False, CANDIDATE, MINE, "d1"),)
 
 
-@pytest.mark.parametrize("phase", [REDUCING, CANDIDATE])
+@pytest.mark.parametrize("phase", [REDUCING, TRAINING, TRAINED, CANDIDATE])
 def test_a_failed_reduction_fails_the_iteration_and_leaves_the_model(phase: Phase) -> None:
     state = at(phase, attempt=2, token=MINE, digest="d1")
     expected = fails("out of luck", phase, attempt=2, token=MINE, base="")
@@ -365,6 +381,64 @@ def test_the_next_iteration_begins_empty(phase: Phase, success: bool, base: str)
 def test_a_disabled_job_stays_disabled_when_an_iteration_ends() -> None:
     after, _ = step(at(running=DISABLE), Advanced(False, EXITED_5), 1.0, POLICY)
     assert after == Iteration(6, running=DISABLE, base="b0")
+
+
+# ---- hybrid training
+
+HYBRID = replace(POLICY, hybrid=True)
+TRAINED_VALID = "Push metrics finished! This iteration is valid. Proceed to next iteration."
+
+
+def test_with_a_worker_the_mean_goes_to_it_before_it_is_a_candidate() -> None:
+    state = at(REDUCING, token=MINE, uploaded=2, started=100.0)
+    state, effects = step(state, ModelReduced("a1"), 101.0, HYBRID)
+    assert effects == (RecordAggregate(5, 1, MINE, "a1"),)
+    state, effects = step(state, AggregateRecorded("a1"), 101.1, HYBRID)
+    assert (state, effects) == (
+        at(TRAINING, token=MINE, uploaded=2, started=100.0, aggregate="a1"),
+        (Keep(5, 1, TRAINING, "a1"),),
+    )
+    pushed = replace(state, phase=TRAINED, digest="d1")
+    state, effects = step(state, seen(pushed, mine=True), 102.0, HYBRID)
+    assert (state, effects) == (pushed, (Keep(5, 1, TRAINED, "d1"),))
+    measured = replace(state, phase=CANDIDATE, metrics=(0.5, 0.9))
+    state, effects = step(state, seen(measured, mine=True), 103.0, HYBRID)
+    assert (state, effects) == (measured, (SpreadCandidate(5, 1, "d1"),))
+    _, effects = step(state, CandidateSpread(), 104.0, HYBRID)
+    assert effects == (Advance(5, 1, True, TRAINED_VALID, False, CANDIDATE, MINE, "d1"),)
+    assert step(state, Advanced(True, TRAINED_VALID), 105.0, HYBRID)[0] == Iteration(6, base="d1")
+
+
+def test_the_finaliser_keeps_the_mean_while_the_worker_trains() -> None:
+    there = at(TRAINING, token=MINE, aggregate="a1")
+    assert step(there, seen(there, mine=True), 1.0, HYBRID) == (there, (Keep(5, 1, TRAINING, "a1"),))
+    assert step(there, seen(there), 1.0, HYBRID) == (there, ())
+
+
+@pytest.mark.parametrize(("phase", "digest"), [(TRAINING, "a1"), (TRAINED, "d1")])
+@pytest.mark.parametrize("before", [SEALED, REDUCING, TRAINING, TRAINED])
+def test_who_succeeds_a_finaliser_keeps_what_the_worker_works_on(
+    before: Phase, phase: Phase, digest: str
+) -> None:
+    model = "d1" if phase is TRAINED else ""
+    event = ReductionClaimed(MINE, phase, "a1", model)
+    expected = at(phase, token=MINE, aggregate="a1", digest=model)
+    assert step(at(before, token=THEIRS), event, 1.0, HYBRID) == (expected, (Keep(5, 1, phase, digest),))
+
+
+@pytest.mark.parametrize("phase", [TRAINING, TRAINED])
+def test_a_worker_has_time_until_the_global_window_is_over(phase: Phase) -> None:
+    state = at(phase, token=MINE, aggregate="a1", selected=1, uploaded=1, started=100.0, first_upload=101.0)
+    assert deadline(state, HYBRID) == (125.0, ALL_LATE)
+    assert step(state, TimePassed(), 124.9, HYBRID) == (state, ())
+    assert step(state, TimePassed(), 125.0, HYBRID) == (state, (fails(ALL_LATE, phase, token=MINE),))
+    assert step(replace(state, running=DISABLE), TimePassed(), 125.0, HYBRID)[1] == ()
+
+
+@pytest.mark.parametrize("phase", [TRAINING, TRAINED])
+def test_an_orphan_with_a_worker_is_taken_over(phase: Phase) -> None:
+    there = at(phase, token=THEIRS, aggregate="a1")
+    assert step(there, seen(there, orphaned=True), 1.0, HYBRID)[1] == (ClaimReduction(5, 1, THEIRS),)
 
 
 # ---- lost updates
@@ -571,8 +645,10 @@ def test_an_iteration_names_only_what_the_shared_state_holds_and_two_moments() -
         "started",
         "first_upload",
         "token",
+        "aggregate",
         "digest",
         "base",
+        "metrics",
         "lost",
         "interrupted",
     ]

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedcore.config import Settings
+from fedcore.config import AggregationType, EvalType, ServerMode, Settings
+from fedcore.config.settings import UnsupervisedSettings
 from fedcore.models.history import ModelHistory
 from fedcore.services.answers import Answer, Answers
 from fedcore.wire import codec
@@ -131,6 +132,13 @@ class TestStartFLJob:
             unsupervised_eval_flg=0,
         )
 
+    def test_devices_are_asked_for_evaluation_vectors_if_these_are_evaluated(
+        self, history: ModelHistory
+    ) -> None:
+        evaluated = UnsupervisedSettings(9, EvalType.DAVIES_BOULDIN_SCORE)
+        answers = Answers(replace(settings(), unsupervised=evaluated), history)
+        assert table(answers.selected(NRT), ResponseFLJob).unsupervised_eval_flg == 1
+
     def test_all_devices_of_an_iteration_get_the_same_bytes(self, answers: Answers) -> None:
         first = answers.selected(NRT)
         assert answers.selected(NRT + 1) is first
@@ -153,6 +161,54 @@ class TestStartFLJob:
         answers = Answers(settings(client_learning_rate=0.001), history)
         plan = table(answers.start_refused(300, "", NRT), ResponseFLJob).fl_plan_config
         assert plan.lr == np.float32(0.001)
+
+
+SCAFFOLD_LAYOUT = Layout(
+    (*LAYOUT, Weight("control.a", (1, 2)), Weight("control.b", (2,)), Weight("control.fixed", (), False))
+)
+EVERYTHING = ["a", "b", "control.a", "control.b", "control.fixed", "fixed"]
+OTHER_RULES = [rule for rule in AggregationType if rule is not AggregationType.SCAFFOLD]
+
+
+class TestModes:
+    """Which weights travel, by mode and rule."""
+
+    def names(self, mode: ServerMode, rule: AggregationType) -> tuple[list[str], list[str]]:
+        """Return what startFLJob and getModel carry."""
+        base = settings()
+        chosen = replace(base, server_mode=mode, aggregation=replace(base.aggregation, aggregation_type=rule))
+        ones = {name: np.ones(weight.size) for name, weight in SCAFFOLD_LAYOUT.by_name.items()}
+        answers = Answers(chosen, ModelHistory(6, ImageTemplate(SCAFFOLD_LAYOUT).image(ones)))
+        answers.open(7)
+        start = table(answers.selected(NRT), ResponseFLJob)
+        assert start.fl_plan_config.server_mode == mode
+        assert start.fl_plan_config.aggregation is None, "whoever must know the rule has it of its own"
+        return list(weights(start)), list(weights(table(answers.model(6, NRT), ResponseGetModel)))
+
+    @pytest.mark.parametrize("rule", list(AggregationType))
+    def test_hybrid_shows_everything(self, rule: AggregationType) -> None:
+        assert self.names(ServerMode.HYBRID_TRAINING, rule) == (EVERYTHING, EVERYTHING)
+
+    @pytest.mark.parametrize("mode", [ServerMode.FEDERATED_LEARNING, ServerMode.CLOUD_TRAINING])
+    def test_scaffolds_control_is_no_part_of_a_model(self, mode: ServerMode) -> None:
+        assert self.names(mode, AggregationType.SCAFFOLD)[1] == ["a", "b"]
+
+    @pytest.mark.parametrize("mode", [ServerMode.FEDERATED_LEARNING, ServerMode.CLOUD_TRAINING])
+    @pytest.mark.parametrize("rule", OTHER_RULES)
+    def test_only_scaffold_has_a_control(self, mode: ServerMode, rule: AggregationType) -> None:
+        assert self.names(mode, rule)[1] == ["a", "b", "control.a", "control.b"]
+
+    @pytest.mark.parametrize("rule", list(AggregationType))
+    def test_devices_begin_with_everything(self, rule: AggregationType) -> None:
+        assert self.names(ServerMode.FEDERATED_LEARNING, rule)[0] == EVERYTHING
+
+    @pytest.mark.parametrize("rule", OTHER_RULES)
+    def test_workers_begin_with_their_own(self, rule: AggregationType) -> None:
+        assert self.names(ServerMode.CLOUD_TRAINING, rule)[0] == []
+
+    def test_workers_of_scaffold_begin_with_the_control(self) -> None:
+        names = ["control.a", "control.b", "control.fixed"]
+        assert self.names(ServerMode.CLOUD_TRAINING, AggregationType.SCAFFOLD)[0] == names
 
 
 class TestUpdateModel:

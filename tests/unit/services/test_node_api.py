@@ -21,6 +21,7 @@ from fedcore.core.node_id import address_of
 from fedcore.errors import PeerError
 from fedcore.ledger.copy import PartialCopy
 from fedcore.ledger.layout import Damaged
+from fedcore.net.networks import Networks
 from fedcore.net.node_client import PeerRefused, PeerTimeout, PeerUnreachable
 from fedcore.net.node_listener import Request
 from fedcore.services.ledgers import Closed, Whereabouts
@@ -53,7 +54,13 @@ class Pair:
         self.peers = Peers(self.client(self.a.node_id))
         peers = Peers(self.client(self.b.node_id))
         self.api = NodeApi(
-            self.b.driver, self.b.api, self.b.intake, self.b.ledgers, self.b.publication, peers, allowed
+            self.b.driver,
+            self.b.api,
+            self.b.intake,
+            self.b.ledgers,
+            self.b.publication,
+            peers,
+            Networks(allowed),
         )
 
     def client(self, node_id: str) -> Any:
@@ -399,7 +406,7 @@ class TestModels:
     def test_a_candidate_that_redis_does_not_name_is_not_believed(self, pair: Pair) -> None:
         asked = messages.pack(messages.OfferModel(1, "00" * 32))
         said = pair.refused(Command.OFFER_MODEL, asked, sender=pair.a.node_id)
-        assert said == "the shared state names no such candidate"
+        assert said == "the shared state names no such model"
 
     def test_a_candidate_is_read_from_who_offers_it(self, pair: Pair) -> None:
         in_the_middle(pair.job, 0)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from twisted.internet import defer
 from twisted.logger import LogLevel, globalLogPublisher
 
+from fedcore.config import EvalType
 from fedcore.core.iteration import Iteration, Phase, Policy
 from fedcore.observe.journal import Journal
 from fedcore.observe.metrics import ServerMetrics
+from fedcore.services.evaluation import Evaluation
 from fedcore.services.reporting import Course, IterationEnd, Reporter
 from fedcore.wire.arrays import Layout, Weight
 from fedcore.wire.image import ImageTemplate
@@ -35,6 +40,8 @@ class Told:
         journal = Journal(self.file, "10.0.0.1:6000", lambda: datetime(2026, 1, 1))
         self.reporter = Reporter(self.metrics, journal, limit)
         self.logged: list[Any] = []
+        self.scores: Any = None
+        self.heard: list[IterationEnd] = []
         globalLogPublisher.addObserver(self.logged.append)
 
     def metric(self, name: str, **labels: str) -> float | None:
@@ -136,6 +143,95 @@ def test_lost_updates_are_counted_logged_and_in_the_journal(told: Told) -> None:
     )
     (record,) = told.logged
     assert (record["log_level"], record["updates"], record["owner"]) == (LogLevel.error, 4, "10.0.0.9:1")
+
+
+# ---- evaluation
+
+
+class Scores:
+    """Stands for Evaluation; each score comes when the test gives it."""
+
+    eval_type = EvalType.SILHOUETTE_SCORE
+
+    def __init__(self) -> None:
+        self.begun: dict[int, defer.Deferred[float | None]] = {}
+
+    def begin(self, cluster: Any, number: int) -> None:
+        self.begun = {number: defer.Deferred()}
+
+    def forget(self) -> None:
+        self.begun = {}
+
+    def take(self, number: int) -> defer.Deferred[float | None] | None:
+        return self.begun.get(number)
+
+
+def test_the_evaluation_of_these_tests_has_the_real_one_s_interface() -> None:
+    for name in ("begin", "forget", "take"):
+        ours, real = (signature(getattr(each, name)).parameters.keys() for each in (Scores, Evaluation))
+        assert ours == real
+
+
+@pytest.fixture
+def evaluated(told: Told) -> Told:
+    journal = Journal(told.file, "10.0.0.1:6000", lambda: datetime(2026, 1, 1))
+    told.scores = Scores()
+    told.reporter = Reporter(told.metrics, journal, 2, told.scores)  # type: ignore[arg-type]
+    told.reporter.on_iteration_end.append(told.heard.append)
+    return told
+
+
+def shown(told: Told) -> float | None:
+    return told.metric("fl_evaluation_score", eval_type="SILHOUETTE_SCORE")
+
+
+def test_an_end_that_is_there_before_its_score_is_told_with_it(evaluated: Told) -> None:
+    evaluated.reporter.ending(None, 3)  # type: ignore[arg-type]
+    score = evaluated.scores.begun[3]
+    evaluated.reporter.ended(end(3), 0.25)
+    assert (evaluated.heard, shown(evaluated)) == ([], None)
+    assert evaluated.metric("fl_iterations_total", outcome="valid") == 1, "nothing else waits"
+    score.callback(0.5)
+    assert evaluated.heard == [replace(end(3), evaluation=0.5)]
+    assert shown(evaluated) == 0.5
+    assert evaluated.logged[-1]["evaluation"] == 0.5
+
+
+def test_ends_are_told_in_their_order(evaluated: Told) -> None:
+    scores = []
+    for number in (3, 4):
+        evaluated.reporter.ending(None, number)  # type: ignore[arg-type]
+        scores.append(evaluated.scores.begun[number])
+        evaluated.reporter.ended(end(number, valid=False), None)
+    evaluated.reporter.ended(end(5), None)
+    scores[1].callback(0.25)
+    assert evaluated.heard == []
+    scores[0].callback(None)
+    assert [(one.number, one.evaluation) for one in evaluated.heard] == [(3, None), (4, 0.25), (5, None)]
+    assert "event:Iteration failed 2 times" in evaluated.file.read_text()
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_what_another_server_has_ended_is_that_server_s_to_tell(evaluated: Told, lost: bool) -> None:
+    evaluated.reporter.ending(None, 3)  # type: ignore[arg-type]
+    evaluated.scores.begun[3].callback(0.5)
+    evaluated.reporter.ended(end(3), None)
+    assert shown(evaluated) == 0.5
+    if lost:
+        evaluated.reporter.ending(None, 4)  # type: ignore[arg-type]
+        evaluated.reporter.not_ended()
+    evaluated.reporter.ended(end(4), None)
+    assert shown(evaluated) is None
+    assert evaluated.heard[-1].evaluation is None
+    assert "evaluation" not in evaluated.logged[-1]
+
+
+def test_without_evaluation_there_is_no_score(told: Told) -> None:
+    told.reporter.ending(None, 3)  # type: ignore[arg-type]
+    told.reporter.not_ended()
+    told.reporter.ended(end(3), None)
+    assert shown(told) is None
+    assert "evaluation" not in told.logged[-1]
 
 
 @pytest.mark.parametrize(("rebased", "why"), [(True, "another model"), (False, "too late")])

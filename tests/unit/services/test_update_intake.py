@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from twisted.internet import defer, task
-from twisted.logger import capturedLogs
+from twisted.logger import capturedLogs, globalLogPublisher
 from twisted.python.failure import Failure
 from unit.ledger.tracing import Tracing
 
@@ -24,6 +24,7 @@ from fedcore.ledger.layout import Epoch, Shape, SlotState
 from fedcore.ledger.ledger import MERGE_BATCH, Ledger, Partial, Slot
 from fedcore.ledger.spool import Spool
 from fedcore.services import update_intake
+from fedcore.services.evaluation import longest_vector
 from fedcore.services.update_intake import INLINE_FLOATS, REPLICATION_MS, RETRY_S, NoRoom, UpdateIntake
 from fedcore.store.cluster_state import (
     ClientMeta,
@@ -35,7 +36,12 @@ from fedcore.store.cluster_state import (
 )
 from fedcore.store.redis import Redis
 from fedcore.wire.arrays import Layout, Weight
-from fedcore.wire.messages import FeatureMap, RequestUpdateModel
+from fedcore.wire.messages import (
+    FeatureMap,
+    RequestUpdateModel,
+    UnsupervisedEvalItem,
+    UnsupervisedEvalItems,
+)
 
 LAYOUT = Layout((Weight("w", (4,)),))
 META = ClientMeta(data_size=2, eval_data_size=3, start_ms=0)
@@ -53,6 +59,8 @@ class Question:
     """One call of accept_upload that waits for its answer."""
 
     asked: tuple[Any, ...]
+    vector: bytes = b""
+    kept: int = 0
     reply: defer.Deferred[tuple[Acceptance, int, ClientMeta | None]] = field(default_factory=defer.Deferred)
 
     def answer(self, acceptance: Acceptance, count: int = 1) -> None:
@@ -87,8 +95,12 @@ class SharedState:
         ledger_id: str,
         node_id: str,
         fit: bool,
+        vector: bytes = b"",
+        kept: int = 0,
     ) -> tuple[Acceptance, int, ClientMeta | None]:
-        question = Question((number, attempt, requested, fl_id, quorum, ledger_id, node_id, fit))
+        question = Question(
+            (number, attempt, requested, fl_id, quorum, ledger_id, node_id, fit), vector, kept
+        )
         self.questions.append(question)
         return await question.reply
 
@@ -178,7 +190,13 @@ class World:
     """An intake, and short words for what happens to it."""
 
     def __init__(
-        self, directory: Path, *, threads: bool = False, durable: bool = False, slots: int = SLOTS
+        self,
+        directory: Path,
+        *,
+        threads: bool = False,
+        durable: bool = False,
+        slots: int = SLOTS,
+        vectors_kept: int = 0,
     ) -> None:
         self.shared = SharedState()
         self.reactor = Reactor()
@@ -194,6 +212,7 @@ class World:
             floats,
             ROOM_TIMEOUT,
             self.reactor,
+            vectors_kept,
         )
         self.number = 5
         self.intake.begin(epoch_of(5))
@@ -211,6 +230,7 @@ class World:
         fit: bool = True,
         slot: Slot | None = None,
         attempt: int = 1,
+        evaluation: UnsupervisedEvalItems | None = None,
     ) -> defer.Deferred[tuple[Acceptance, int]]:
         """A device's update comes in; its question is the newest of ``shared.questions``."""
         slot = slot or self.complete(self.intake.receive(BODY))
@@ -224,6 +244,7 @@ class World:
             timestamp="1",
             upload_loss=0.5,
             upload_accuracy=0.25,
+            unsupervised_eval_items=evaluation,
         )
         return start(
             self.intake.accept(
@@ -1155,3 +1176,55 @@ class TestRoom:
         assert numbers == {slot.number for slot in slots[:2]}
         waiting[2].cancel()
         waiting[2].addErrback(lambda _: None)
+
+
+class TestEvaluationVectors:
+    @pytest.fixture
+    def evaluating(self, tmp_path: Path) -> World:
+        return World(tmp_path, vectors_kept=2000)
+
+    @staticmethod
+    def items(*vectors: list[float]) -> UnsupervisedEvalItems:
+        return UnsupervisedEvalItems(tuple(UnsupervisedEvalItem("", np.float32(v)) for v in vectors))
+
+    def asked(self, world: World) -> tuple[list[float], int]:
+        question = world.shared.questions[-1]
+        return np.frombuffer(question.vector, "<f4").tolist(), question.kept
+
+    def test_a_vector_goes_with_its_update(self, evaluating: World) -> None:
+        evaluating.upload("a", evaluation=self.items([1, 2], [3]))
+        assert self.asked(evaluating) == ([1, 2, 3], 2000)
+
+    def test_a_question_that_is_asked_again_brings_it_again(self, evaluating: World) -> None:
+        evaluating.upload("a", evaluation=self.items([1, 2]))
+        evaluating.shared.questions[0].lose()
+        evaluating.reactor.advance(RETRY_S)
+        assert len(evaluating.shared.questions) == 2
+        assert self.asked(evaluating) == ([1, 2], 2000)
+
+    def test_an_update_without_one_brings_none(self, evaluating: World) -> None:
+        evaluating.upload("a")
+        assert self.asked(evaluating) == ([], 2000)
+
+    def test_an_update_that_may_not_count_brings_none(self, evaluating: World) -> None:
+        evaluating.upload("a", fit=False, evaluation=self.items([1, 2]))
+        assert self.asked(evaluating) == ([], 2000)
+
+    def test_without_evaluation_none_is_kept(self, world: World) -> None:
+        world.upload("a", evaluation=self.items([1, 2]))
+        assert self.asked(world) == ([], 0)
+
+    def test_one_that_is_too_long_is_left_out_and_told(self, evaluating: World) -> None:
+        logged: list[Any] = []
+        globalLogPublisher.addObserver(logged.append)
+        try:
+            evaluating.upload("a", evaluation=self.items([1] * (1 + longest_vector(2000))))
+            assert self.asked(evaluating) == ([], 2000)
+            evaluating.shared.questions[0].answer(ACCEPTED)
+            assert logged == []
+            evaluating.begin(6)
+            evaluating.begin(7)
+            (record,) = logged
+            assert (record["vectors"], record["longest"]) == (1, longest_vector(2000))
+        finally:
+            globalLogPublisher.removeObserver(logged.append)

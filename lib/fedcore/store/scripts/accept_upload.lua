@@ -1,15 +1,18 @@
 -- Count an update, at most once, and never beyond the quorum. The only permission to answer 200.
 -- KEYS: status hash, clients hash, uploads hash (both of iteration ARGV[1]), uploads hash of the request's iteration,
---       ledgers hash, heartbeat of the server, name of the job's instance, awaited hash of this Redis
+--       ledgers hash, heartbeat of the server, name of the job's instance, awaited hash of this Redis; and, if the update
+--       brings an evaluation vector, zset and hash of these vectors
 -- ARGV: the server's iteration, its attempt, the request's iteration, client, quorum, ledger id,
---       1 if the weights may count, lifetime in seconds, node id of the server, the server's instance,
---       milliseconds to wait for others
+--       1 if the weights may count, lifetime in seconds, node id of the server, the server's instance, milliseconds to
+--       wait for others; and, with a vector, the vector, how many clients' vectors are kept, their lifetime in seconds
 -- Returns {word, number, text}: "missing" (or the job has another instance); "closed" (another iteration or attempt: number is the current iteration);
 -- "revoked" (the ledger is not the server's), "lapsed" (the server's lease has run out); "awaited" (another server may
 -- hold this client's update already, and has not brought it back yet);
 -- "repeated" (text is the ledger that holds it), "full", "unknown", "other", "unfit", or "accepted" (number is the
 -- count, text the client's meta). A repeat by the same ledger is accepted again, even in a later attempt or while the job
 -- is disabled: its owner knows whether it has kept the update, or lost the first reply.
+-- A vector is kept in the same step as its update is counted, so a repeat keeps nothing twice. It takes the place of its
+-- client's one before; the oldest are dropped beyond the number that is kept.
 local name = redis.call('GET', KEYS[7])
 if name and name ~= ARGV[10] then return {'missing', 0, ''} end
 local holder = redis.call('HGET', KEYS[4], ARGV[4])
@@ -37,6 +40,16 @@ if not meta then return {'unknown', count, ''} end
 if ARGV[3] ~= number then return {'other', tonumber(number), ''} end
 if ARGV[7] ~= '1' then return {'unfit', count, ''} end
 
+if ARGV[12] then
+  local time = redis.call('TIME')
+  redis.call('ZADD', KEYS[9], time[1] * 1000000 + time[2], ARGV[4])
+  redis.call('HSET', KEYS[10], ARGV[4], ARGV[12])
+  for _ = tonumber(ARGV[13]) + 1, redis.call('ZCARD', KEYS[9]) do
+    redis.call('HDEL', KEYS[10], redis.call('ZPOPMIN', KEYS[9])[1])
+  end
+  redis.call('EXPIRE', KEYS[9], ARGV[14])
+  redis.call('EXPIRE', KEYS[10], ARGV[14])
+end
 redis.call('HSET', KEYS[3], ARGV[4], ARGV[6])
 if count == 0 then
   redis.call('EXPIRE', KEYS[2], ARGV[8])

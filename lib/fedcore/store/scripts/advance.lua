@@ -10,7 +10,8 @@ if number ~= ARGV[2] or (attempt or '1') ~= ARGV[3] then return 0 end
 if (phase or 'collecting') ~= ARGV[4] or (token or '') ~= ARGV[5] then return 0 end
 redis.call('HSET', KEYS[1], 'iterationNum', ARGV[6], 'lastIterationSuccess', ARGV[7],
   'lastIterationResult', ARGV[8], 'attempt', 1, 'phase', 'collecting')
-redis.call('HDEL', KEYS[1], 'token', 'digest', 'updates', 'startedMs', 'firstUploadMs', 'sealedMs', 'lost')
+redis.call('HDEL', KEYS[1], 'token', 'aggregate', 'digest', 'updates', 'loss', 'accuracy', 'startedMs',
+  'firstUploadMs', 'sealedMs', 'lost')
 if ARGV[9] == '1' then redis.call('HSET', KEYS[1], 'runningState', 2) end
 if ARGV[10] ~= '' then redis.call('HSET', KEYS[1], 'base', ARGV[10]) end
 redis.call('EXPIRE', KEYS[1], ARGV[11])

@@ -17,7 +17,7 @@ local fence, higher = tonumber(redis.call('HGET', KEYS[2], 'fence') or '0'), ton
 if higher > fence and redis.call('EXISTS', KEYS[2]) == 1 then  -- no token comes twice
   redis.call('HSET', KEYS[2], 'fence', higher)
 end
-local ranks = {collecting = 0, sealed = 1, reducing = 2, candidate = 3}
+local ranks = {collecting = 0, sealed = 1, reducing = 2, training = 3, trained = 4, candidate = 5}
 local number, attempt, phase = unpack(redis.call('HMGET', KEYS[2], 'iterationNum', 'attempt', 'phase'))
 local there = {tonumber(number or '-1'), tonumber(attempt or '1'), ranks[phase or 'collecting'] or 0}
 local here = {tonumber(ARGV[6]), tonumber(ARGV[7]), ranks[ARGV[8]]}
@@ -26,7 +26,8 @@ for i = 1, 3 do
   if there[i] < here[i] then break end
   if i == 3 then return 'kept' end
 end
-redis.call('HDEL', KEYS[2], 'token', 'digest', 'updates', 'startedMs', 'firstUploadMs', 'sealedMs', 'lost', 'disabled')
+redis.call('HDEL', KEYS[2], 'token', 'aggregate', 'digest', 'updates', 'loss', 'accuracy', 'startedMs',
+  'firstUploadMs', 'sealedMs', 'lost', 'disabled')
 redis.call('HSET', KEYS[2], 'iterationNum', ARGV[6], 'attempt', ARGV[7], 'phase', ARGV[8], 'epoch', ARGV[2],
   'fence', math.max(fence, higher), unpack(ARGV, 13))
 local time = redis.call('TIME')

@@ -11,7 +11,8 @@ redis.call('PUBLISH', ARGV[1], 'rebased')
 if redis.call('HLEN', KEYS[2]) == 0 and (phase or 'collecting') == 'collecting' then return 'rebased' end
 redis.call('HSET', KEYS[1], 'iterationNum', ARGV[5], 'lastIterationSuccess', 0, 'lastIterationResult', ARGV[6],
   'attempt', 1, 'phase', 'collecting')
-redis.call('HDEL', KEYS[1], 'token', 'digest', 'updates', 'startedMs', 'firstUploadMs', 'sealedMs', 'lost')
+redis.call('HDEL', KEYS[1], 'token', 'aggregate', 'digest', 'updates', 'loss', 'accuracy', 'startedMs',
+  'firstUploadMs', 'sealedMs', 'lost')
 redis.call('EXPIRE', KEYS[2], ARGV[8])
 redis.call('EXPIRE', KEYS[3], ARGV[8])
 if ARGV[7] == '1' then redis.call('HSET', KEYS[1], 'runningState', 2) end

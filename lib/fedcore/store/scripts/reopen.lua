@@ -34,6 +34,6 @@ if sealed then
 end
 redis.call('HINCRBY', KEYS[1], 'lost', lost)
 redis.call('HSET', KEYS[1], 'attempt', ARGV[3] + 1, 'phase', 'collecting')
-redis.call('HDEL', KEYS[1], 'token', 'digest', 'updates', 'sealedMs')
+redis.call('HDEL', KEYS[1], 'token', 'aggregate', 'digest', 'updates', 'loss', 'accuracy', 'sealedMs')
 redis.call('PUBLISH', ARGV[1], 'reopened')
 return {1, lost}

@@ -7,13 +7,12 @@
 -- from another model): number tells of how many of the ledger's clients no update is counted in it; 0 if Redis does not
 -- remember, or if the ledger was given up. "revoked" (the ledger is another node's), 0. "restored", updates.
 -- What Redis knows of a client is never changed. The ledgers hash lives on as long as the status.
-local number, phase, base, updates =
-  unpack(redis.call('HMGET', KEYS[1], 'iterationNum', 'phase', 'base', 'updates'))
+local number, base, updates = unpack(redis.call('HMGET', KEYS[1], 'iterationNum', 'base', 'updates'))
 local owner = ARGV[2] ~= '' and redis.call('HGET', KEYS[4], ARGV[2])
 local mine = not owner or owner == ARGV[3]
 
 local word
-if number ~= ARGV[1] or (phase == 'candidate' and redis.call('HLEN', KEYS[3]) >= tonumber(updates or '0')) then
+if number ~= ARGV[1] or (updates and redis.call('HLEN', KEYS[3]) >= tonumber(updates)) then
   word = 'closed'
 elseif ARGV[5] ~= '' and (base or '') ~= '' and base ~= ARGV[5] then
   word = 'rebased'

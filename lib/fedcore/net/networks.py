@@ -1,0 +1,25 @@
+"""Sets of networks, as the configuration names them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from ipaddress import ip_address, ip_network
+
+
+class Networks:
+    """Hosts of some networks: ``"10.0.0.7" in Networks(["10.0.0.0/24"])``."""
+
+    def __init__(self, networks: Iterable[str]) -> None:
+        """Take networks in CIDR form.
+
+        Raises:
+            ValueError: one of them is none.
+        """
+        self._networks = [ip_network(network) for network in networks]
+
+    def __contains__(self, host: object) -> bool:
+        try:
+            address = ip_address(str(host))
+        except ValueError:
+            return False
+        return any(address in network for network in self._networks)

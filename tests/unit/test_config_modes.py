@@ -1,0 +1,63 @@
+"""What the configuration says about who trains and by which rule, together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fedcore.config import AggregationType, EncryptType, Role, ServerMode, Settings
+from fedcore.config.crosscheck import cross_checks
+
+FOUND = ("aggregation.", "encrypt.")
+
+
+def findings(mode: ServerMode, rule: AggregationType, **more: Any) -> list[str]:
+    """Return what is said about a rule in a mode, with two places and a population of two."""
+    base = Settings(fl_name="job", fl_iteration_num=5)
+    encrypt = more.pop("encrypt_type", EncryptType.NOT_ENCRYPT)
+    kind = {"aggregation_type": rule, "total_client_num": 2, "iid_rate": 0.5} | more
+    settings = replace(
+        base,
+        server_mode=mode,
+        aggregation=replace(base.aggregation, **kind),
+        encrypt=replace(base.encrypt, encrypt_type=encrypt),
+        round=replace(base.round, start_fl_job_threshold=2, update_model_ratio=1.0),
+    )
+    assert not [text for text in cross_checks(settings, Role.SCHEDULER) if text.startswith(FOUND)]
+    return [text for text in cross_checks(settings, Role.SERVER) if text.startswith(FOUND)]
+
+
+@pytest.mark.parametrize("rule", list(AggregationType))
+def test_cloud_workers_know_every_rule(rule: AggregationType) -> None:
+    assert findings(ServerMode.CLOUD_TRAINING, rule) == []
+
+
+@pytest.mark.parametrize("mode", [ServerMode.FEDERATED_LEARNING, ServerMode.HYBRID_TRAINING])
+def test_devices_know_no_rule_of_workers(mode: ServerMode) -> None:
+    for rule in (AggregationType.SCAFFOLD, AggregationType.FEDNOVA):
+        (text,) = findings(mode, rule)
+        assert f"{rule} adds up what only cloud workers upload, but server_mode is {mode}" in text
+    for rule in (AggregationType.FEDAVG, AggregationType.FEDPROX):
+        assert findings(mode, rule) == []
+
+
+def test_scaffolds_population_is_at_least_who_takes_part() -> None:
+    (text,) = findings(ServerMode.CLOUD_TRAINING, AggregationType.SCAFFOLD, total_client_num=1)
+    assert "total_client_num 1 is below round.start_fl_job_threshold 2" in text
+    assert findings(ServerMode.CLOUD_TRAINING, AggregationType.FEDNOVA, total_client_num=1) == []
+
+
+def test_fedprox_needs_its_rate_where_it_is_used() -> None:
+    assert "iid_rate is 0" in findings(ServerMode.CLOUD_TRAINING, AggregationType.FEDPROX, iid_rate=0.0)[0]
+    assert findings(ServerMode.FEDERATED_LEARNING, AggregationType.FEDPROX, iid_rate=0.0) == []
+
+
+def test_cloud_workers_know_one_kind_of_masks() -> None:
+    for cipher in EncryptType:
+        found = findings(ServerMode.CLOUD_TRAINING, AggregationType.FEDAVG, encrypt_type=cipher)
+        refused = [text for text in found if "is for devices" in text]
+        assert bool(refused) == (cipher not in (EncryptType.NOT_ENCRYPT, EncryptType.STABLE_PW_ENCRYPT)), (
+            cipher
+        )
