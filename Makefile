@@ -1,19 +1,22 @@
 # The words of this project. `make demo` and `make test` do all their set-up themselves, in .venv.
 #
 #   ARGS      more arguments for fl demo or pytest:  make demo ARGS="--devices 20 --json run.json"
+#             with and without a worker, a minute:   make demo ARGS=--hybrid
+#             silos, each rule in turn, a minute:    make demo ARGS=--silo
 #   TORCH=1   train with torch:                      make demo TORCH=1
 #   PYTHON    interpreter to make .venv with:        make demo PYTHON=python3.12
 
 BIN := .venv/bin
 INSTALL := @requirements/install.sh
-TESTERS ?= 2
+TESTERS ?= 3
 
 .PHONY: help demo test soak lint bench sample lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^#   /  /p' $(firstword $(MAKEFILE_LIST))
 
-demo: ## a federation of eleven processes learns to read handwriting
+demo: ## a federation of eleven processes learns to read handwriting in 15 s
 	$(INSTALL) demo.lock $(if $(TORCH),torch.txt)
 	@$(BIN)/python -m fedctl demo $(if $(TORCH),--torch) $(ARGS)
 

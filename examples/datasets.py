@@ -86,6 +86,8 @@ class ShardOptions:
         seed: >= 0; decides the division and the order of training.
         alpha: concentration of the Dirichlet distribution, > 0; small = every client has its own few classes,
             large (100) = all clients alike.
+        central: samples that a worker holds (``load_central``) and no client, >= 0.
+        labelled: samples of its part that a client has labels for and so can use, >= 1; 0 = all.
     """
 
     shard: int
@@ -93,10 +95,20 @@ class ShardOptions:
     data: str
     seed: int
     alpha: float
+    central: int = 0
+    labelled: int = 0
 
     @classmethod
     def parse(
-        cls, *, shard: int | str, shards: int | str, data: str, seed: int | str, alpha: float | str
+        cls,
+        *,
+        shard: int | str,
+        shards: int | str,
+        data: str,
+        seed: int | str,
+        alpha: float | str,
+        central: int | str = 0,
+        labelled: int | str = 0,
     ) -> ShardOptions:
         """Read options given as on a command line.
 
@@ -112,6 +124,8 @@ class ShardOptions:
             data=data,
             seed=_whole_number("seed", seed, least=0),
             alpha=_positive_number("alpha", alpha),
+            central=_whole_number("central", central, least=0),
+            labelled=_whole_number("labelled", labelled, least=0),
         )
 
 
@@ -167,14 +181,63 @@ def load_shard(options: ShardOptions, folder: Path = FASHION_MNIST_FOLDER) -> Sh
         ConfigError: as for ``load``, or there are too many shards for the data set.
     """
     raw = _read(options.data, folder)
-    own = dirichlet_shards(raw.train_labels, options.shards, options.alpha, options.seed)[options.shard]
+    own = divide(raw.train_labels, options)[options.shard]
+    return _shard(options.data, raw, own, (options.seed, options.shard))
+
+
+def load_central(options: ShardOptions, folder: Path = FASHION_MNIST_FOLDER) -> Shard:
+    """Load the ``options.central`` samples that no client holds; ``options.shard`` does not matter.
+
+    Args:
+        options: of the clients.
+        folder: as for ``load``.
+
+    Raises:
+        ConfigError: as for ``load``, or the data set has fewer samples.
+    """
+    raw = _read(options.data, folder)
+    _, own = _set_aside(raw.train_labels, options)
+    return _shard(options.data, raw, own, (options.seed, options.shards))
+
+
+def divide(labels: Labels, options: ShardOptions) -> list[npt.NDArray[np.int64]]:
+    """Divide the samples of a data set among the clients that the options describe.
+
+    Args:
+        labels: int64[n], the class of each sample.
+        options: ``options.shard`` does not matter.
+
+    Returns:
+        One ascending int64 index array per client; no index is in two of them, nor among the central samples.
+
+    Raises:
+        ConfigError: there are too many clients, or too many central samples, for the data set.
+    """
+    rest, _ = _set_aside(labels, options)
+    parts = dirichlet_shards(labels[rest], options.shards, options.alpha, options.seed)
+    own = [rest[part] for part in parts]
+    if not options.labelled:
+        return own
+    random = np.random.default_rng((options.seed, options.shards))
+    return [np.sort(random.permutation(part)[: options.labelled]) for part in own]
+
+
+def _set_aside(labels: Labels, options: ShardOptions) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the indices of the clients' samples and of the central ones, all classes among these."""
+    if options.central > len(labels):
+        raise ConfigError(
+            f"central={options.central} is too many for {len(labels)} samples", hint=f"at most {len(labels)}"
+        )
+    return stratified_split(labels, options.central, options.seed)
+
+
+def _shard(data: str, raw: _Raw, own: npt.NDArray[np.int64], seed: tuple[int, ...]) -> Shard:
     labels = raw.train_labels[own]
-    held_out_samples = round(len(own) * EVALUATION_SHARE)
-    train, held_out = stratified_split(labels, held_out_samples, (options.seed, options.shard))
+    train, held_out = stratified_split(labels, round(len(own) * EVALUATION_SHARE), seed)
     return Shard(
-        train_images=_model_input(options.data, raw.train_pixels[own[train]]),
+        train_images=_model_input(data, raw.train_pixels[own[train]]),
         train_labels=labels[train],
-        evaluation_images=_model_input(options.data, raw.train_pixels[own[held_out]]),
+        evaluation_images=_model_input(data, raw.train_pixels[own[held_out]]),
         evaluation_labels=labels[held_out],
     )
 

@@ -203,11 +203,30 @@ def train_epochs(
             batch = samples[start : start + batch_size]
             loss, gradients = loss_and_gradients(weights, images[batch], labels[batch])
             mean_loss += loss * len(batch) / len(samples)
-            for name, gradient in gradients.items():
-                velocity[name] *= momentum
-                velocity[name] += gradient
-                weights[name] -= learning_rate * velocity[name]
+            descend(weights, velocity, gradients, learning_rate, momentum)
     return weights, mean_loss
+
+
+def descend(
+    weights: Mapping[str, Floats],
+    velocity: Mapping[str, Floats],
+    gradients: Mapping[str, Floats],
+    learning_rate: float,
+    momentum: float,
+) -> None:
+    """Take one step of gradient descent with momentum, in place.
+
+    Args:
+        weights: name -> float of ``SHAPES``; changed.
+        velocity: the same names and shapes, zeros before the first step; changed.
+        gradients: of the loss by the weights.
+        learning_rate: step size, > 0.
+        momentum: share of the last step that is repeated, 0..1.
+    """
+    for name, gradient in gradients.items():
+        velocity[name][...] *= momentum
+        velocity[name][...] += gradient
+        weights[name][...] -= learning_rate * velocity[name]
 
 
 class LeNetTrainer:
@@ -223,6 +242,8 @@ class LeNetTrainer:
         seed: >= 0, the same for all clients; decides the division of the data and, with shard and iteration,
             the order of training, so that a run can be repeated.
         alpha: concentration of the Dirichlet distribution that divides the data, > 0.
+        central: samples that a worker holds and no client, >= 0, the same for all clients.
+        labelled: samples that this client has labels for, 0 for all of its part.
 
     Raises:
         ConfigError: an option is malformed or out of range.
@@ -236,13 +257,21 @@ class LeNetTrainer:
         data: str = "digits",
         seed: int | str = 0,
         alpha: float | str = 0.5,
+        central: int | str = 0,
+        labelled: int | str = 0,
     ) -> None:
         with contextlib.suppress(ImportError):
             from threadpoolctl import threadpool_limits
 
             threadpool_limits(1, user_api="blas")
         self._options = datasets.ShardOptions.parse(
-            shard=shard, shards=shards, data=data, seed=seed, alpha=alpha
+            shard=shard,
+            shards=shards,
+            data=data,
+            seed=seed,
+            alpha=alpha,
+            central=central,
+            labelled=labelled,
         )
 
     @cached_property

@@ -134,6 +134,8 @@ class TorchLeNetTrainer:
         data: "digits" or "fashion-mnist".
         seed: >= 0, the same for all clients (see ``lenet.LeNetTrainer``).
         alpha: concentration of the Dirichlet distribution that divides the data, > 0.
+        central: samples that a worker holds and no client, >= 0, the same for all clients.
+        labelled: samples that this client has labels for, 0 for all of its part.
 
     Raises:
         ConfigError: an option is malformed or out of range.
@@ -147,10 +149,18 @@ class TorchLeNetTrainer:
         data: str = "digits",
         seed: int | str = 0,
         alpha: float | str = 0.5,
+        central: int | str = 0,
+        labelled: int | str = 0,
     ) -> None:
         torch.set_num_threads(1)
         self._options = datasets.ShardOptions.parse(
-            shard=shard, shards=shards, data=data, seed=seed, alpha=alpha
+            shard=shard,
+            shards=shards,
+            data=data,
+            seed=seed,
+            alpha=alpha,
+            central=central,
+            labelled=labelled,
         )
 
     @cached_property

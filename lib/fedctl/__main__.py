@@ -23,6 +23,8 @@ Examples:
 
 \b
   fl demo                                        a whole federation on this machine
+  fl demo --silo                                 silos instead of devices
+  fl demo --hybrid                               devices with few labels, and a worker with some
   fl state --scheduler http://10.0.0.5:11202     who is there, and is it running
   fl scale 3 --yaml-config fl.yaml               three servers on this host
   fl model init --output lenet.safetensors       a model for fl-serverd to begin with

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -177,6 +178,67 @@ def test_it_learns_and_tells(start: Start) -> None:
     assert list(demo.temporary.iterdir()) == []
 
 
+def test_silos_learn_by_every_rule(start: Start) -> None:
+    demo = start("--silo", "--iterations", "8", "--json", "figures.json")
+    assert demo.end() == 0, demo.text
+    rules = json.loads((demo.directory / "figures.json").read_text())["rules"]
+    assert list(rules) == ["FedAvg", "FedProx", "Scaffold", "FedNova"]
+    for rule, figures in rules.items():
+        assert figures["rule"] == rule
+        assert figures["clients"] == [3] * 8
+        assert figures["accuracy"][-1] > 0.9, rule
+        assert figures["loss"][-1] < figures["loss"][0]
+        assert re.search(rf"^{rule} +9\d\.\d% ", demo.text, re.MULTILINE)
+    courses = {tuple(figures["loss"]) for figures in rules.values()}
+    assert len(courses) == 4, "each rule goes its own way"
+    assert (demo.directory / "demo-run/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert demo.family() == {}
+    assert list(demo.temporary.iterdir()) == []
+
+
+def test_silos_with_one_rule_and_torch(start: Start) -> None:
+    pytest.importorskip("torch")
+    demo = start("--silo", "--rule", "fedprox", "--torch", "--iterations", "3", "--json", "figures.json")
+    assert demo.end() == 0, demo.text
+    figures = json.loads((demo.directory / "figures.json").read_text())
+    assert (figures["rule"], figures["devices"], figures["torch"]) == ("FedProx", 3, True)
+    assert figures["accuracy"][-1] > figures["accuracy"][0]
+    assert "silo-2" in demo.text
+
+
+def check_a_worker_is_worth_it(demo: Running, iterations: int) -> dict[str, Any]:
+    """Fail unless the curve with the worker lies above the one without, in the figures and on the screen."""
+    assert demo.end() == 0, demo.text
+    figures = json.loads((demo.directory / "figures.json").read_text())
+    curve, without = figures["accuracy"], figures["accuracy_without_worker"]
+    assert len(curve) == len(without) == iterations
+    assert all(beside > alone for beside, alone in zip(curve, without, strict=True))
+    assert sum(curve) - sum(without) > 0.05 * iterations
+    assert f"accuracy is higher in {iterations} of {iterations} iterations" in demo.text
+    for alone, beside in zip(without, curve, strict=True):
+        assert re.search(rf"accuracy +{beside:.1%}   without worker +{alone:.1%} ", demo.text)
+    assert (demo.directory / "demo-run/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert demo.family() == {}
+    return figures
+
+
+def test_devices_with_few_labels_and_a_worker(start: Start) -> None:
+    demo = start("--hybrid", "--iterations", "6", "--json", "figures.json")
+    figures = check_a_worker_is_worth_it(demo, 6)
+    assert figures["clients"] == [8] * 6
+    assert figures["samples_per_device"] == [16] * 8
+    assert figures["worker_trainer"] == "fedexamples.lenet_worker_numpy:NumpyLeNetWorker"
+    assert figures["loss"][5] < figures["loss_without_worker"][5]
+    assert list(demo.temporary.iterdir()) == []  # torch leaves something there
+
+
+def test_devices_and_a_worker_with_torch(start: Start) -> None:
+    pytest.importorskip("torch")
+    demo = start("--hybrid", "--torch", "--iterations", "2", "--devices", "2", "--json", "figures.json")
+    figures = check_a_worker_is_worth_it(demo, 2)
+    assert figures["worker_trainer"] == "fedexamples.lenet_worker:LeNetWorker"
+
+
 def test_two_at_once_beside_each_other(start: Start) -> None:
     both = [start("--iterations", "2", "--devices", "2", "--keep") for _ in range(2)]
     for demo in both:
@@ -198,6 +260,15 @@ def test_a_dead_child_ends_it_and_is_named(start: Start, name: str) -> None:
     if (kept / f"logs/{name}.log").stat().st_size:
         assert f"{kept}/logs/{name}.log ends with:" in demo.text
     assert "Traceback" not in demo.text
+    assert demo.family() == {}
+
+
+def test_a_dead_worker_ends_it_and_is_named(start: Start) -> None:
+    demo = start("--hybrid", *LONG[:2], "--iterations", "2", "--directory", "here")
+    demo.read_until("with worker:(?s:.*)starting 2 devices")
+    os.kill(demo.pid_of("fl-workerd"), signal.SIGKILL)
+    assert demo.end(GONE_S) == 1
+    assert "Error: workerd was ended by SIGKILL" in demo.text
     assert demo.family() == {}
 
 

@@ -104,6 +104,7 @@ class Cluster:
         self._transport = HttpTransport(f"http://{addresses.devices}", timeout=10.0)
         self._devices: list[Child] = []
         self._server: Child | None = None
+        self._worker: Child | None = None
 
     def start_daemons(self) -> None:
         """Start scheduler and server, and wait until both are ready.
@@ -120,15 +121,28 @@ class Cluster:
         ):
             self._family.wait_ready(child, f"http://{address}/readyz")
 
+    def start_worker(self) -> None:
+        """Start the worker, and wait until it is ready.
+
+        Raises:
+            ChildFailed: it is not.
+        """
+        self._worker = self._family.start("workerd", [*program("fl-workerd"), "--yaml-config", "fl.yaml"])
+        self._family.wait_ready(self._worker, f"http://{self.addresses.worker_admin}/readyz")
+
     def start_devices(self) -> None:
         """Start all devices; they are not waited for."""
         for shard in range(self.plan.devices):
             command = [*program("fl-client"), *self.plan.device_arguments(shard, self.addresses)]
-            name = f"device-{shard}"
+            name = f"{self.plan.who}-{shard}"
             self._devices.append(self._family.start(name, command, output=self._report_of(name)))
 
     def _report_of(self, name: str) -> Path:
         return self._family.directory / f"{name}.jsonl"
+
+    def _learners(self) -> list[Child]:
+        """Return all that end by themselves after the last iteration."""
+        return [*self._devices, self._worker] if self._worker else self._devices
 
     def check_daemons(self) -> None:
         """Look whether redis-server, scheduler and server are running.
@@ -137,17 +151,18 @@ class Cluster:
             ChildFailed: one is not.
         """
         self.redis.family.check()
+        learners = self._learners()
         for child in self._family.children:
-            if child not in self._devices and not child.running:
+            if child not in learners and not child.running:
                 raise child.failure(child.end())
 
     def progress(self) -> Progress:
         """Ask the server how far it is.
 
         Raises:
-            ChildFailed: a process has ended; devices may, once the last iteration is over.
+            ChildFailed: a process has ended; devices and worker may, once the last iteration is over.
         """
-        ended = [child for child in self._devices if child.exit_code is not None]
+        ended = [child for child in self._learners() if child.exit_code is not None]
         try:
             status, text = fetch(f"http://{self.addresses.server_admin}/metrics")
         except OSError as error:
@@ -168,7 +183,7 @@ class Cluster:
     def stalled(self, seconds: float) -> ChildFailed:
         """Return the failure that says that nothing happens."""
         assert self._server is not None
-        return self._server.failure(f"has seen no device do anything for {seconds:.0f} s")
+        return self._server.failure(f"has seen no {self.plan.who} do anything for {seconds:.0f} s")
 
     def _culprit(self, what: str, error: OSError | None = None) -> ChildFailed:
         """Return the failure of the process that ended, else that of the server."""
@@ -236,7 +251,7 @@ def read_reports(text: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def running_cluster(plan: Plan, directory: Path, say: Callable[[str], object]) -> Iterator[Cluster]:
-    """Run a whole federation: redis-server, fl-schedulerd, fl-serverd and the devices.
+    """Run a whole federation: redis-server, fl-schedulerd, fl-serverd, the devices, and a worker if one is planned.
 
     Args:
         plan: what it trains.
@@ -249,7 +264,7 @@ def running_cluster(plan: Plan, directory: Path, say: Callable[[str], object]) -
     """
     logs = directory / "logs"
     with ExitStack() as stack:
-        names = ("devices", "server_admin", "scheduler", "scheduler_admin", "nodes")
+        names = ("devices", "server_admin", "scheduler", "scheduler_admin", "nodes", "worker_admin")
         ports = stack.enter_context(reserved_ports(len(names)))
         say("starting redis-server, fl-schedulerd and fl-serverd")
         redis = stack.enter_context(redis_server(logs))
@@ -260,6 +275,9 @@ def running_cluster(plan: Plan, directory: Path, say: Callable[[str], object]) -
         family = stack.enter_context(Family(logs, NUMPY_THREADS, runs_in=directory))
         cluster = stack.enter_context(closing(Cluster(plan, directory, addresses, redis, family)))
         cluster.start_daemons()
-        say(f"starting {plan.devices} devices")
+        if plan.worker:
+            say(f"starting fl-workerd, which has {plan.central} labelled images")
+            cluster.start_worker()
+        say(f"starting {plan.devices} {plan.who}s")
         cluster.start_devices()
         yield cluster

@@ -9,20 +9,31 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import click
 
+from fedclient.rules import Rule
 from fedcore.errors import FedcoreError
 from fedctl.demo.cluster import Cluster, Weights, running_cluster
-from fedctl.demo.plan import Plan, divide
-from fedctl.demo.report import DeviceRecord, Examiner, IterationRecord, Report, save_curves, save_json
-from fedctl.demo.view import View, commands_to_look_around, view_for
+from fedctl.demo.plan import LABELLED, WORKER_SAMPLES, Plan, beside_a_worker, divide
+from fedctl.demo.report import (
+    DeviceRecord,
+    Examiner,
+    IterationRecord,
+    Report,
+    compared,
+    save_compared_curves,
+    save_curves,
+    save_json,
+)
+from fedctl.demo.view import View, commands_to_look_around, comparison, view_for
 from fedctl.processes import ChildFailed, NoRedis, find_redis_server
 from fedexamples import datasets
 
@@ -30,6 +41,7 @@ CURVES = Path("demo-run/curves.png")
 LOOK_S = 0.05  # between two looks at the server; it keeps a model for three iterations
 STAY_LOOK_S = 0.2
 STALL_S = 180.0  # with no device heard of, the demo gives up; a device's part takes seconds
+DEVICES, SILOS = 8, 3  # unless --devices says otherwise
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 EXAMPLES = """
@@ -39,6 +51,10 @@ Examples:
   fl demo                                   eight devices, 20 iterations
   fl demo --devices 20 --alpha 0.1          more devices, each with its own few digits
   fl demo --iterations 5 --json run.json
+  fl demo --silo                            three silos, each rule of aggregation in turn
+  fl demo --silo --rule scaffold            one of them
+  fl demo --hybrid                          devices with few labels, without and with a worker
+  fl demo --hybrid --torch --json run.json
   fl demo --stay                            leaves the cluster running, to look around
 """
 
@@ -159,8 +175,14 @@ def device_record(
     return DeviceRecord(name, samples, len(completed), loss, accuracy)
 
 
-def run(plan: Plan, directory: Path, view: View, outputs: Outputs) -> None:
+def run(plan: Plan, directory: Path, view: View, conclude: Callable[[Report, Cluster, View], None]) -> None:
     """Do it all: load, start, train, tell, and stop what was started.
+
+    Args:
+        plan: what is trained.
+        directory: for the files of the run; exists.
+        view: what the reader sees.
+        conclude: called with what came of it, while the cluster is still there.
 
     Raises:
         ConfigError: the data or torch are not there, or there are too many devices for the data.
@@ -186,26 +208,70 @@ def run(plan: Plan, directory: Path, view: View, outputs: Outputs) -> None:
             for (name, reports), samples in zip(told.items(), shares, strict=True)
         ]
         view.summarise(report)
-        write(report, view, outputs)
-        view.say(
-            "to look around:"
-            if outputs.stay
-            else "while it ran (fl demo --stay keeps it running) there was to look at:"
-        )
-        for command in commands_to_look_around(cluster.addresses):
-            view.say(f"  {command}")
+        conclude(report, cluster, view)
+
+
+def conclude(outputs: Outputs, report: Report, cluster: Cluster, view: View) -> None:
+    """Write the files of a single run, and show where to look."""
+    write(report, view, outputs)
+    look_around(cluster, view, outputs.stay)
+
+
+def compare(plans: Sequence[Plan], directory: Path, outputs: Outputs) -> None:
+    """Do it all for each plan in turn, and tell how they did beside each other.
+
+    Raises:
+        ConfigError, NoRedis, ChildFailed: as ``run``.
+    """
+    reports: list[Report] = []
+
+    def conclude_one(report: Report, cluster: Cluster, view: View) -> None:
+        reports.append(report)
+        view.say("")
+        if len(reports) < len(plans):
+            return
+        for line in comparison(reports):
+            view.say(line)
+        write_files(outputs, view, compared(reports), lambda: save_compared_curves(reports, outputs.curves))
         if outputs.stay:
-            view.say("the cluster keeps running until Ctrl-C")
-            stay(cluster)
+            look_around(cluster, view, stays=True)
+
+    for plan in plans:
+        folder = directory / plan.name.replace(" ", "-")
+        folder.mkdir()
+        view = view_for(plan, reports[0] if plan.worker else None)
+        view.say(f"{plan.name}:")
+        run(plan, folder, view, conclude_one)
+
+
+def look_around(cluster: Cluster, view: View, stays: bool) -> None:
+    """Show what there is to look at, and keep it there if it is to stay.
+
+    Raises:
+        ChildFailed: a daemon ended.
+    """
+    view.say(
+        "to look around:" if stays else "while it ran (fl demo --stay keeps it running) there was to look at:"
+    )
+    for command in commands_to_look_around(cluster.addresses):
+        view.say(f"  {command}")
+    if stays:
+        view.say("the cluster keeps running until Ctrl-C")
+        stay(cluster)
 
 
 def write(report: Report, view: View, outputs: Outputs) -> None:
     """Write the files that were asked for."""
+    write_files(outputs, view, report.as_json(), lambda: save_curves(report, outputs.curves))
+
+
+def write_files(outputs: Outputs, view: View, figures: Mapping[str, Any], draw: Callable[[], None]) -> None:
+    """Write figures and curves, where they are asked for and can be."""
     if outputs.json_file is not None:
-        save_json(report, outputs.json_file)
+        save_json(figures, outputs.json_file)
         view.say(f"figures: {outputs.json_file}")
     try:
-        save_curves(report, outputs.curves)
+        draw()
         view.say(f"curves: {outputs.curves}")
     except ImportError:
         view.say("no curves: matplotlib is not installed (pip install 'fedcore[demo]')")
@@ -225,8 +291,24 @@ def stay(cluster: Cluster) -> None:
 
 @click.command("demo", epilog=EXAMPLES)
 @click.option("--data", type=click.Choice(datasets.NAMES), default="digits", show_default=True)
-@click.option("--torch", is_flag=True, help="Devices train with torch instead of numpy.")
-@click.option("--devices", type=click.IntRange(1, 1000), default=8, show_default=True)
+@click.option("--torch", is_flag=True, help="Train with torch instead of numpy.")
+@click.option(
+    "--devices",
+    type=click.IntRange(1, 1000),
+    help=f"Number of devices, or of silos.  [default: {DEVICES}; silos: {SILOS}]",
+)
+@click.option("--silo", is_flag=True, help="Cloud workers train (CLOUD_TRAINING) instead of devices.")
+@click.option(
+    "--rule",
+    type=click.Choice([*Rule], case_sensitive=False),
+    help="With --silo: the rule of aggregation.  [default: all, one after another]",
+)
+@click.option(
+    "--hybrid",
+    is_flag=True,
+    help=f"Devices have {LABELLED} labels each; they train alone, and then with a worker that has {WORKER_SAMPLES} "
+    "(HYBRID_TRAINING).",
+)
 @click.option("--iterations", type=click.IntRange(1, 100_000), default=20, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same course.")
 @click.option(
@@ -254,7 +336,10 @@ def stay(cluster: Cluster) -> None:
 def demo(
     data: str,
     torch: bool,
-    devices: int,
+    devices: int | None,
+    silo: bool,
+    rule: str | None,
+    hybrid: bool,
     iterations: int,
     seed: int,
     alpha: float,
@@ -268,15 +353,32 @@ def demo(
 
     Starts a private redis-server, a scheduler, a server and the devices, each a process of its own on this
     machine, and trains LeNet-5 on data that is spread unevenly over the devices. After each iteration the new
-    model is fetched and judged on images that no device has seen. Everything ends with this command.
+    model is fetched and judged on images that no device has seen. Everything ends with this command, after
+    about 15 seconds on two cores; --hybrid and --silo are several runs and take up to a minute.
     """
+    if hybrid and silo:
+        raise click.UsageError("--hybrid and --silo do not go together: a worker trains beside devices")
+    if rule is not None and not silo:
+        raise click.UsageError("--rule is for --silo: devices know FedAvg only")
+    rules = [Rule.named(rule)] if rule else [*Rule]
+    if silo and stay and len(rules) > 1:
+        raise click.UsageError("--stay needs one --rule: each rule has a cluster of its own")
     outputs = Outputs(json_file, plot or (directory / CURVES.name if directory else CURVES), stay)
+    devices = devices or (SILOS if silo else DEVICES)
     plan = Plan(data, devices, iterations, seed, alpha, torch)
+    plans = [plan]
+    if silo:
+        plans = [replace(plan, rule=each) for each in rules]
+    elif hybrid:
+        plans = beside_a_worker(plan)
     try:
         with stopping_on_signals(), run_directory(directory, keep) as folder:
             for path in filter(None, (json_file, outputs.curves)):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            run(plan, folder, view_for(plan), outputs)
+            if len(plans) == 1:
+                run(plans[0], folder, view_for(plans[0]), partial(conclude, outputs))
+            else:
+                compare(plans, folder, outputs)
             if keep or directory:
                 click.echo(f"the run's files: {folder}")
     except Stopped as stopped:

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fedclient.rules import Rule
 from fedcore.errors import ConfigError
 from fedcore.models.formats import write_model
-from fedexamples import datasets, lenet
+from fedexamples import datasets, lenet, silo
 
 FL_NAME = "demo"
 WINDOW_MS = 120_000  # a device that is only slow, on a busy machine, shall not fail an iteration
 DEVICE_POLL_S = 0.05  # a federation of phones asks every ten seconds; here everybody is at hand
+SILO_STEPS = 30  # between two uploads of a cloud worker; about one pass over its share of the digits
+SILO_IID_RATE = 0.01  # of FedProx
+LABELLED = 16  # samples of each device beside a worker: too few to learn all digits from
+FEW_EPOCHS, FEW_LEARNING_RATE = (
+    4,
+    0.01,
+)  # of these: more passes at a lower rate, as a batch holds all that they have
+WORKER_SAMPLES = 200
+WORKER_STEPS = 10  # between pull and push: not quite an epoch of its samples
+WORKER_LEARNING_RATE = 0.01  # its momentum goes on from iteration to iteration, so less than a device's
 EPOCHS = {"digits": lenet.EPOCHS, "fashion-mnist": 1}  # clothes: 40 times as many samples, one pass will do
 
 
@@ -29,6 +41,7 @@ class Addresses:
     scheduler: str
     scheduler_admin: str
     nodes: str
+    worker_admin: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +54,11 @@ class Plan:
         iterations: number of the last one.
         seed: decides first weights, division of the data and order of training.
         alpha: concentration of the Dirichlet distribution that divides the data.
-        torch: whether devices train with torch rather than numpy.
+        torch: whether torch trains rather than numpy.
+        rule: of aggregation, if cloud workers train rather than devices; they are the plan's "devices" then.
+        central: samples that are kept back for a worker.
+        labelled: samples of each device, 0 for all of its share.
+        worker: whether a worker trains each aggregate further.
     """
 
     data: str
@@ -50,11 +67,57 @@ class Plan:
     seed: int
     alpha: float
     torch: bool
+    rule: Rule | None = None
+    central: int = 0
+    labelled: int = 0
+    worker: bool = False
+
+    @property
+    def name(self) -> str:
+        """What this plan is called beside others."""
+        if self.rule is not None:
+            return str(self.rule)
+        return "with worker" if self.worker else "without worker"
+
+    @property
+    def server_mode(self) -> str:
+        """In the word of the configuration."""
+        if self.rule is not None:
+            return "CLOUD_TRAINING"
+        return "HYBRID_TRAINING" if self.worker else "FEDERATED_LEARNING"
+
+    @property
+    def epochs(self) -> int:
+        """Passes of a device over its samples in an iteration."""
+        return FEW_EPOCHS if self.labelled else EPOCHS[self.data]
+
+    @property
+    def learning_rate(self) -> float:
+        """Of devices or silos."""
+        if self.rule is not None:
+            rate: float = silo.LEARNING_RATE
+        else:
+            rate = FEW_LEARNING_RATE if self.labelled else lenet.LEARNING_RATE
+        return rate
+
+    @property
+    def who(self) -> str:
+        """One of those who train."""
+        return "device" if self.rule is None else "silo"
 
     @property
     def trainer(self) -> str:
         """The class that devices train with, module:Class."""
+        if self.rule is not None:
+            return "fedexamples.silo:LeNetSilo"
         return "fedexamples.lenet_torch:TorchLeNetTrainer" if self.torch else "fedexamples.lenet:LeNetTrainer"
+
+    @property
+    def worker_trainer(self) -> str:
+        """The class that the worker trains with, module:Class."""
+        if self.torch:
+            return "fedexamples.lenet_worker:LeNetWorker"
+        return "fedexamples.lenet_worker_numpy:NumpyLeNetWorker"
 
     def check(self) -> None:
         """Find out what is missing before anything is started.
@@ -67,24 +130,70 @@ class Plan:
                 "torch is not installed", hint="make demo TORCH=1, or pip install 'fedcore[torch]'"
             )
 
-    def device_arguments(self, shard: int, addresses: Addresses) -> list[str]:
-        """Return the arguments of fl-client for one device."""
-        settings = {
-            "shard": shard,
+    @property
+    def division(self) -> dict[str, int | str | float]:
+        """How the data are divided, in the words of ``datasets.ShardOptions``."""
+        scarce = {"central": self.central, "labelled": self.labelled}
+        return {
             "shards": self.devices,
             "data": self.data,
             "seed": self.seed,
             "alpha": self.alpha,
+            **{name: value for name, value in scarce.items() if value},
+        }
+
+    def device_arguments(self, shard: int, addresses: Addresses) -> list[str]:
+        """Return the arguments of fl-client for one device."""
+        settings = {
+            "shard": shard,
+            **self.division,
+            **({"framework": "torch"} if self.torch and self.rule else {}),
         }
         return [
             *("--server", f"http://{addresses.devices}"),
             *("--trainer", self.trainer),
             *(word for name, value in settings.items() for word in ("--set", f"{name}={value}")),
             *("--fl-name", FL_NAME),
-            *("--client-id", f"device-{shard}"),
+            *("--client-id", f"{self.who}-{shard}"),
+            *self._silo_arguments(),
             *("--poll-interval", str(DEVICE_POLL_S)),
             "--json",
         ]
+
+    def _silo_arguments(self) -> Iterable[str]:
+        """Return what makes fl-client a cloud worker."""
+        if self.rule is None:
+            return ()
+        rate = ("--iid-rate", str(SILO_IID_RATE)) if self.rule is Rule.FEDPROX else ()
+        return ("--rule", self.rule, "--sync-frequency", str(SILO_STEPS), *rate)
+
+    @property
+    def aggregation(self) -> dict[str, Any]:
+        """What the servers are told of the rule, in the words of the configuration."""
+        match self.rule:
+            case None | Rule.FEDAVG | Rule.FEDNOVA:
+                more: dict[str, Any] = {}
+            case Rule.FEDPROX:
+                more = {"iid_rate": SILO_IID_RATE}
+            case Rule.SCAFFOLD:
+                more = {"total_client_num": self.devices}
+        return {"aggregation_type": str(self.rule or Rule.FEDAVG), **more}
+
+    @property
+    def worker_options(self) -> dict[str, int | str | float]:
+        """What the worker's trainer is told."""
+        return {
+            "data": self.data,
+            "seed": self.seed,
+            "central": self.central,
+            "learning_rate": WORKER_LEARNING_RATE,
+        }
+
+
+def beside_a_worker(plan: Plan) -> list[Plan]:
+    """Return a plan for devices with few labels, and the same with a worker that has some."""
+    scarce = replace(plan, central=WORKER_SAMPLES, labelled=LABELLED)
+    return [scarce, replace(scarce, worker=True)]
 
 
 def write_configuration(path: Path, plan: Plan, addresses: Addresses) -> None:
@@ -92,9 +201,10 @@ def write_configuration(path: Path, plan: Plan, addresses: Addresses) -> None:
     configuration: dict[str, Any] = {
         "fl_name": FL_NAME,
         "fl_iteration_num": plan.iterations,
-        "server_mode": "FEDERATED_LEARNING",
+        "server_mode": plan.server_mode,
         "enable_ssl": False,
         "distributed_cache": {"address": addresses.redis},
+        "aggregation": plan.aggregation,
         "round": {
             "start_fl_job_threshold": plan.devices,
             "start_fl_job_time_window": WINDOW_MS,
@@ -104,9 +214,9 @@ def write_configuration(path: Path, plan: Plan, addresses: Addresses) -> None:
         },
         "summary": {"metrics_file": "metrics.json", "failure_event_file": "event.txt"},
         "client": {
-            "client_epoch_num": EPOCHS[plan.data],
+            "client_epoch_num": plan.epochs,
             "client_batch_size": lenet.BATCH_SIZE,
-            "client_learning_rate": lenet.LEARNING_RATE,
+            "client_learning_rate": plan.learning_rate,
         },
         "fedcore": {
             "scheduler": {
@@ -122,6 +232,14 @@ def write_configuration(path: Path, plan: Plan, addresses: Addresses) -> None:
             },
         },
     }
+    if plan.worker:
+        configuration["fedcore"]["worker"] = {
+            "trainer": plan.worker_trainer,
+            "options": ",".join(f"{name}={value}" for name, value in plan.worker_options.items()),
+            "sync_frequency": WORKER_STEPS,
+            "device": "cpu",
+            "admin_address": addresses.worker_admin,
+        }
     head = "# Written by fl demo; every option is explained in etc/fl.yaml.sample.\n"
     path.write_text(head + yaml.safe_dump(configuration, sort_keys=False))
 
@@ -138,6 +256,6 @@ def divide(plan: Plan, data: datasets.Dataset) -> list[dict[int, int]]:
         ConfigError: there are too many devices for the data.
     """
     labels = data.train_labels
-    parts = datasets.dirichlet_shards(labels, plan.devices, plan.alpha, plan.seed)
+    parts = datasets.divide(labels, datasets.ShardOptions(shard=0, **plan.division))
     counts = [[int((labels[part] == label).sum()) for label in range(datasets.CLASSES)] for part in parts]
     return [dict(enumerate(row)) for row in counts]

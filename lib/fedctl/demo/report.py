@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class DeviceRecord:
         samples: class -> samples it holds.
         iterations: that it completed.
         loss: of its last local training, None if there was none.
-        accuracy: of the last model it was given, on its own samples; None if there was none.
+        accuracy: of the last model it was given, on the samples that it holds out; None if there was none.
     """
 
     name: str
@@ -57,6 +57,12 @@ class DeviceRecord:
     iterations: int
     loss: float | None
     accuracy: float | None
+
+    @property
+    def held_out(self) -> int:
+        """Samples that it does not train on, but judges by."""
+        count: int = round(sum(self.samples.values()) * datasets.EVALUATION_SHARE)
+        return count
 
 
 @dataclass
@@ -111,10 +117,23 @@ class Report:
         }
 
 
-def save_json(report: Report, path: Path) -> None:
-    """Write a report, whole or not at all."""
+def save_json(figures: Mapping[str, Any], path: Path) -> None:
+    """Write figures, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, [json.dumps(report.as_json(), indent=1).encode(), b"\n"])
+    replace_file(path, [json.dumps(figures, indent=1).encode(), b"\n"])
+
+
+def compared(reports: Sequence[Report]) -> dict[str, Any]:
+    """Return what ``--json`` writes of several runs.
+
+    Of several rules: rule -> what it writes of one. Of the last run with a worker: the same as of a single run, and the
+    curves and the duration of the first one, which was without.
+    """
+    if reports[-1].plan.worker:
+        first = reports[0].as_json()
+        without = {f"{name}_without_worker": first[name] for name in ("accuracy", "loss", "seconds")}
+        return {**reports[-1].as_json(), **without, "worker_trainer": reports[-1].plan.worker_trainer}
+    return {"rules": {str(report.plan.rule): report.as_json() for report in reports}}
 
 
 def save_curves(report: Report, path: Path) -> None:
@@ -139,7 +158,39 @@ def save_curves(report: Report, path: Path) -> None:
     right.set_ylim(bottom=0)
     right.set_ylabel("test loss, nats", color="tab:red")
     plan = report.plan
-    figure.suptitle(f"LeNet-5 on {plan.data}, {plan.devices} devices, uneven shares (alpha {plan.alpha:g})")
+    figure.suptitle(_title(plan))
+    _save_figure(figure, path)
+
+
+def save_compared_curves(reports: Sequence[Report], path: Path) -> None:
+    """Draw the accuracy of several runs over the iterations.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for report in reports:
+        numbers = [record.number for record in report.iterations]
+        accuracy = [100 * record.accuracy for record in report.iterations]
+        axes.plot(numbers, accuracy, "o-", markersize=4, label=report.plan.name)
+    axes.set(xlabel="iteration", ylabel="test accuracy, %", ylim=(0, 101))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.suptitle(_title(reports[-1].plan))
+    _save_figure(figure, path)
+
+
+def _title(plan: Plan) -> str:
+    few = f"{plan.devices} {plan.who}s" + (f" with {plan.labelled} labels each" if plan.labelled else "")
+    return f"LeNet-5 on {plan.data}, {few}, uneven shares (alpha {plan.alpha:g})"
+
+
+def _save_figure(figure: Any, path: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,26 +3,31 @@
 import io
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from click.testing import CliRunner
 from rich.console import Console
 
+from fedclient.rules import Rule
 from fedcore.config import Role, load_settings
 from fedcore.errors import ConfigError
 from fedcore.models.formats import read_model
+from fedcore.services.worker_trainer import load_trainer, read_options
 from fedctl.demo import command, plan, report, view
 from fedctl.demo.cluster import Progress, progress_of, read_metrics, read_reports
 from fedctl.demo.command import Stopped, run_directory, stopping_on_signals, train
 from fedctl.demo.plan import Addresses, Plan
 from fedctl.demo.report import DeviceRecord, Examiner, IterationRecord, Report
 from fedctl.processes import ChildFailed
-from fedexamples import datasets, lenet
+from fedexamples import datasets, lenet, silo
+from fedexamples.lenet_worker_numpy import WorkerOptions
 
 PLAN = Plan("digits", devices=2, iterations=3, seed=1, alpha=0.5, torch=False)
-ADDRESSES = Addresses(*(f"127.0.0.1:{port}" for port in range(7001, 7007)))
+ADDRESSES = Addresses(*(f"127.0.0.1:{port}" for port in range(7001, 7008)))
 
 
 @pytest.fixture
@@ -58,6 +63,84 @@ def test_the_first_model_is_the_examples(tmp_path):
     read = read_model(tmp_path / "initial.safetensors").weights
     for name, weight in lenet.initial_weights(3).items():
         np.testing.assert_array_equal(read[name], weight)
+
+
+@pytest.mark.parametrize("rule", list(Rule))
+def test_the_servers_of_silos_understand_theirs(tmp_path, rule):
+    silos = replace(PLAN, devices=3, rule=rule)
+    plan.write_configuration(tmp_path / "fl.yaml", silos, ADDRESSES)
+    loaded = load_settings(tmp_path / "fl.yaml", Role.SERVER)
+    assert loaded.warnings == ()
+    assert loaded.settings.server_mode == "CLOUD_TRAINING"
+    assert loaded.settings.aggregation.aggregation_type == rule
+    assert loaded.settings.client.client_learning_rate == silo.LEARNING_RATE
+    if rule is Rule.SCAFFOLD:
+        assert loaded.settings.aggregation.total_client_num == 3
+
+
+@pytest.mark.parametrize("rule", list(Rule))
+def test_a_silo_is_a_cloud_worker(rule):
+    silos = replace(PLAN, devices=3, rule=rule)
+    arguments = silos.device_arguments(2, ADDRESSES)
+    assert arguments[arguments.index("--rule") + 1] == rule
+    assert arguments[arguments.index("--client-id") + 1] == "silo-2"
+    assert arguments[arguments.index("--sync-frequency") + 1] == str(plan.SILO_STEPS)
+    assert ("--iid-rate" in arguments) == (rule is Rule.FEDPROX)
+    assert silos.trainer == "fedexamples.silo:LeNetSilo"
+    assert "framework=torch" not in arguments
+    assert "framework=torch" in replace(silos, torch=True).device_arguments(2, ADDRESSES)
+
+
+def test_a_worker_and_its_servers_understand_theirs(tmp_path):
+    without, beside = plan.beside_a_worker(PLAN)
+    assert (without.server_mode, beside.server_mode) == ("FEDERATED_LEARNING", "HYBRID_TRAINING")
+    plan.write_configuration(tmp_path / "fl.yaml", beside, ADDRESSES)
+    for role in (Role.SERVER, Role.SCHEDULER, Role.WORKER):
+        loaded = load_settings(tmp_path / "fl.yaml", role)
+        assert loaded.warnings == ()
+    assert loaded.settings.server_mode == "HYBRID_TRAINING"
+    assert loaded.settings.client.client_epoch_num == plan.FEW_EPOCHS
+    worker = loaded.settings.fedcore.worker
+    assert worker.sync_frequency == plan.WORKER_STEPS
+    assert str(worker.admin_address) == ADDRESSES.worker_admin
+    trainer = load_trainer(worker.trainer, read_options(worker.options), worker.device)
+    assert trainer.names == tuple(sorted(lenet.SHAPES))
+
+
+def test_devices_train_alike_with_and_without_a_worker():
+    without, beside = plan.beside_a_worker(PLAN)
+    assert without.device_arguments(1, ADDRESSES) == beside.device_arguments(1, ADDRESSES)
+    assert (without.epochs, without.learning_rate) == (beside.epochs, beside.learning_rate)
+    assert f"labelled={plan.LABELLED}" in without.device_arguments(1, ADDRESSES)
+    assert not any("labelled" in word for word in PLAN.device_arguments(1, ADDRESSES))
+
+
+def test_a_worker_trains_with_torch_if_devices_do():
+    assert replace(PLAN, torch=True, worker=True).worker_trainer == "fedexamples.lenet_worker:LeNetWorker"
+
+
+def test_nobody_holds_what_another_one_does():
+    data = datasets.load("digits")
+    _, beside = plan.beside_a_worker(replace(PLAN, devices=8))
+    shares = plan.divide(beside, data)
+    assert [sum(share.values()) for share in shares] == [plan.LABELLED] * 8
+    options = datasets.ShardOptions(shard=0, **beside.division)
+    held = [set(part.tolist()) for part in datasets.divide(data.train_labels, options)]
+    _, central = datasets._set_aside(data.train_labels, options)
+    assert len(set(central.tolist()).union(*held)) == plan.WORKER_SAMPLES + 8 * plan.LABELLED
+    assert np.bincount(data.train_labels[central]).min() >= plan.WORKER_SAMPLES // 10 - 3
+    trainer = lenet.LeNetTrainer(shard=3, **beside.division)
+    assert sum(trainer.load()) == plan.LABELLED
+    worker = WorkerOptions.parse(beside.worker_options, "test").load()
+    assert len(worker.train_labels) + len(worker.evaluation_labels) == plan.WORKER_SAMPLES
+    images = np.concatenate([worker.train_images, worker.evaluation_images])
+    assert {image.tobytes() for image in images} == {data.train_images[k].tobytes() for k in central}
+
+
+def test_too_many_central_samples_say_how_many_there_are():
+    options = datasets.ShardOptions(shard=0, shards=2, data="digits", seed=0, alpha=0.5, central=1438)
+    with pytest.raises(ConfigError, match="central=1438 is too many for 1437 samples"):
+        datasets.load_central(options)
 
 
 def test_every_device_has_its_own_shard():
@@ -197,7 +280,7 @@ def test_the_examiner_agrees_with_the_example():
 
 
 def test_the_figures(figures, tmp_path):
-    report.save_json(figures, tmp_path / "new" / "figures.json")
+    report.save_json(figures.as_json(), tmp_path / "new" / "figures.json")
     read = json.loads((tmp_path / "new" / "figures.json").read_text())
     assert read["accuracy"] == pytest.approx([0.3, 0.6, 0.9])
     assert read["loss"] == pytest.approx([1, 1 / 2, 1 / 3])
@@ -214,6 +297,84 @@ def test_the_curves(figures, tmp_path):
     pytest.importorskip("matplotlib")
     report.save_curves(figures, tmp_path / "new" / "curves.png")
     assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rules_beside_each_other(figures, tmp_path):
+    pytest.importorskip("matplotlib")
+    figures.plan = replace(PLAN, rule=Rule.SCAFFOLD)
+    slow = replace(figures, plan=replace(PLAN, rule=Rule.FEDNOVA))
+    slow.iterations = [IterationRecord(1, 0.5, 0.25, 2, 1.0), IterationRecord(2, 0.25, 0.96, 2, 1.0)]
+    assert view.comparison([figures, slow]) == [
+        "rule       accuracy     loss  iterations to 95%  seconds",
+        "Scaffold      90.0%   0.3333                  -      9.0",
+        "FedNova       96.0%   0.2500                  2      9.0",
+    ]
+    told = report.compared([figures, slow])["rules"]
+    assert list(told) == ["Scaffold", "FedNova"]
+    assert json.loads(json.dumps(told))["FedNova"]["rule"] == "FedNova"
+    assert told["FedNova"]["accuracy"] == [0.25, 0.96]
+    report.save_compared_curves([figures, slow], tmp_path / "new" / "curves.png")
+    assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def beside(figures):
+    """A run without a worker, and one with."""
+    figures.plan, planned = plan.beside_a_worker(PLAN)
+    gained = replace(figures, plan=planned, seconds=12.0)
+    gained.iterations = [replace(r, accuracy=r.accuracy + 0.06, loss=r.loss / 2) for r in figures.iterations]
+    gained.iterations[0] = replace(figures.iterations[0], accuracy=0.18)
+    return [figures, gained]
+
+
+def test_with_and_without_a_worker_beside_each_other(beside, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert view.comparison(beside) == [
+        "               accuracy     loss  iterations to 95%  seconds",
+        "without worker    90.0%   0.3333                  -      9.0",
+        "with worker       96.0%   0.1667                  3     12.0",
+        "with the worker, accuracy is higher in 2 of 3 iterations, by 0.0 points on average",
+    ]
+    told = json.loads(json.dumps(report.compared(beside)))
+    assert told["accuracy"] == pytest.approx([0.18, 0.66, 0.96])
+    assert told["accuracy_without_worker"] == pytest.approx([0.3, 0.6, 0.9])
+    assert told["loss_without_worker"] == pytest.approx([1, 1 / 2, 1 / 3])
+    assert (told["seconds"], told["seconds_without_worker"]) == (12.0, 9.0)
+    assert told["worker"] and told["worker_trainer"].endswith("NumpyLeNetWorker")
+    assert told.keys() > beside[0].as_json().keys()
+    report.save_compared_curves(beside, tmp_path / "new" / "curves.png")
+    assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_second_run_shows_the_first_beside_it(beside, capsys):
+    without, gained = beside
+    with view.PlainView(gained.plan, without) as shown:
+        shown.record(gained.iterations[1])
+    assert "accuracy  66.0%   without worker  60.0%   clients 2" in capsys.readouterr().out
+    console = Console(force_terminal=True, width=90, height=30, record=True, file=io.StringIO())
+    with view.TerminalView(gained.plan, console, without) as shown:
+        for record in gained.iterations:
+            shown.tick(record.number, 1)
+            shown.record(record)
+    text = console.export_text()
+    assert "without worker" in text
+    assert "60.0%" in text and "66.0%" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (("--hybrid", "--silo"), "--hybrid and --silo do not go together"),
+        (("--hybrid", "--rule", "fedavg"), "--rule is for --silo"),
+        (("--rule", "fedavg"), "--rule is for --silo"),
+        (("--silo", "--stay"), "--stay needs one --rule"),
+        (("--silo", "--rule", "qffl"), "'qffl' is not one of"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments, fault):
+    result = CliRunner().invoke(command.demo, arguments)
+    assert result.exit_code == 2
+    assert fault in result.output
 
 
 def test_no_curves_without_matplotlib(figures, tmp_path, monkeypatch, capsys):
@@ -250,7 +411,8 @@ def test_plain_lines(figures, capsys):
         "s",
     ]
     assert lines[2].startswith("device-0       95 samples, mostly 2 and 0; 3 iterations;")
-    assert lines[3].endswith("accuracy on its own samples -")
+    assert lines[2].endswith("accuracy on 12 that it holds out 50.0%")
+    assert lines[3].endswith("accuracy on 0 that it holds out -")
     assert "test accuracy 90.0% on 360 images" in lines[4]
     assert "6 updates, 2.0 updates/s" in lines[5]
     assert all(line.isascii() for line in lines)
