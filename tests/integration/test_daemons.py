@@ -201,6 +201,7 @@ class TestEmbedding:
         wait_until(cluster.ready, "the server is ready")
         cluster.run_iteration(1, {"one": 3, "two": 3})
         cluster.weights(1)
+        wait_until(lambda: "ended 1" in cluster.log(), "the callback is called")
         assert cluster.kill("server", 15) == 0
         lines = [line for line in cluster.log().splitlines() if not line.startswith("{")]
         assert lines[0] == "started"
