@@ -606,6 +606,12 @@ class TestAccept:
         assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
         assert 0 < int(ready.command("TTL", ready.state.keys.awaited(run_id))) <= 3600
 
+    def test_nobody_may_be_back(self, ready: Shared) -> None:
+        """So it is where a ledger is adopted whose owner Redis does not know any more."""
+        ready.run(ready.state.nodes_are_back(ready.state.redis.run_id, []))
+        ready.run(ready.state.await_nodes(ready.state.redis.run_id, []))
+        assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
+
     def test_nobody_is_awaited_for_long(self, ready: Shared) -> None:
         run_id = ready.state.redis.run_id
         ready.run(ready.state.await_nodes(run_id, ["node-2"]))

@@ -406,6 +406,7 @@ class RecordedStore(Store):
                 held = {"clients": state.clients, "uploads": state.uploads}[kind].get(int(parts[3]), {})
                 return [held[str(client)].encode() if client in held else None for client in fields]
             case "HSET", "awaited":
+                assert fields, "Redis refuses this"
                 return self.awaited.setdefault(key, {}).update(dict.fromkeys(map(str, fields[::2]), _BACK))
             case "EXPIRE", "awaited":
                 return 1

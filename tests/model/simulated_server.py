@@ -1269,7 +1269,10 @@ class Server:
         """Memory.begin_doubt"""
         now = self.world.now
         self.doubt_until = now + DOUBT_S
-        self.others_before.update(dict.fromkeys([*self.others, *self.seen], now))
+        for peer, last in self.seen.items():
+            lived = now - (self.saw_at - last)
+            self.others_before[peer] = max(lived, self.others_before.get(peer, lived))
+        self.others_before.update(dict.fromkeys(self.others, now))
 
     def in_doubt(self) -> list[str]:
         """Memory.in_doubt"""

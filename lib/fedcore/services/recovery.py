@@ -153,11 +153,15 @@ class Memory:
     def begin_doubt(self, others: Iterable[str]) -> None:
         """From now on Redis may not know yet what the others know, for DOUBT_S.
 
-        A Redis that was emptied lists nobody at first: those that it listed lately count, too.
+        A Redis that was emptied lists nobody at first: those that it listed lately count, too, but none for longer than
+        DOUBT_S after it was listed last. Else one that is gone would be waited for anew after each loss.
         """
         now = self._reactor.seconds()
         self._doubt_until = now + DOUBT_S
-        self._others_before.update(dict.fromkeys([*others, *self._seen], now))
+        for peer, last in self._seen.items():
+            lived = now - (self._saw_at - last)
+            self._others_before[peer] = max(lived, self._others_before.get(peer, lived))
+        self._others_before.update(dict.fromkeys(others, now))
 
     def in_doubt(self, others: Iterable[str]) -> list[str]:
         """Return the servers that may hold what Redis has forgotten; nobody once the doubt is over."""

@@ -273,6 +273,8 @@ class ClusterState:
     async def nodes_are_back(self, run_id: str, node_ids: Iterable[str]) -> None:
         """Say that servers have brought back to this Redis what they know."""
         pairs: list[Argument] = [part for node_id in node_ids for part in (node_id, "back")]
+        if not pairs:
+            return
         await self.redis.command("HSET", self.keys.awaited(run_id), *pairs)
         await self.redis.command("EXPIRE", self.keys.awaited(run_id), keys.AWAITED_TTL_S)
 

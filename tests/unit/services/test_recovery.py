@@ -296,6 +296,24 @@ class TestClocks:
         )
         assert (after.started, after.first_upload, memory.sealed_at) == (101.5, None, None)
 
+    def test_one_that_is_gone_is_not_waited_for_anew_after_each_loss(self) -> None:
+        clock = task.Clock()
+        memory = Memory(clock)
+        memory.saw(["gone", "there"])
+        for _ in range(3):
+            clock.advance(4)
+            memory.saw(["there"])
+            memory.begin_doubt(["there"])
+        assert memory.in_doubt([]) == ["there"], "12 s after it was listed last"
+
+    def test_who_stood_still_has_not_seen_the_others_go(self) -> None:
+        clock = task.Clock()
+        memory = Memory(clock)
+        memory.saw(["a", "b"])
+        clock.advance(60)  # paused, and then Redis is empty
+        memory.begin_doubt([])
+        assert memory.in_doubt([]) == ["a", "b"]
+
     def test_the_doubt_is_over_after_a_while(self) -> None:
         clock = task.Clock()
         memory = Memory(clock)
