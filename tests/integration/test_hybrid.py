@@ -178,9 +178,8 @@ def test_a_worker_that_does_not_come_costs_the_iteration_and_nothing_else(tmp_pa
         wait_until(lambda: status_of_job(fleet)["iterationNum"] == "2", "the iteration ends", 8)
         status = status_of_job(fleet)
         assert status["lastIterationResult"].startswith("Global timer timeout!")
-        assert push(fleet, 0, 1, trained(1)).reason == (
-            "PushWeight iteration number is invalid:1, current iteration:2"
-        )
+        late = "PushWeight iteration number is invalid:1, current iteration:2"
+        wait_until(lambda: push(fleet, 0, 1, trained(1)).reason == late, "the server has heard of it", SOON_S)
         for n in (0, 1):
             assert same(model_of(fleet, n, 1), MODEL)
         mean = collect(fleet, run, 2)
