@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from memory_reactor import MemoryReactor
 from twisted.internet import defer
 from twisted.logger import globalLogPublisher
-from twisted.python.failure import Failure
 
 from fedcore.config import EvalType, Settings
 from fedcore.config.settings import UnsupervisedSettings
@@ -52,36 +51,10 @@ class Shared:
         self.questions.pop(0).callback(packed(vectors))
 
 
-class Reactor:
-    """A thread that works when told to."""
-
-    def __init__(self) -> None:
-        self.jobs: deque[Callable[[], None]] = deque()
-
-    def getThreadPool(self) -> Reactor:
-        return self
-
-    def callInThreadWithCallback(
-        self, on_result: Callable[[bool, Any], None], work: Callable[[], Any]
-    ) -> None:
-        def job() -> None:
-            try:
-                result = work()
-            except Exception:
-                on_result(False, Failure())
-            else:
-                on_result(True, result)
-
-        self.jobs.append(job)
-
-    def callFromThread(self, function: Callable[..., Any], *arguments: Any) -> None:
-        function(*arguments)
-
-
 class World:
     def __init__(self) -> None:
         self.shared = Shared()
-        self.reactor = Reactor()
+        self.reactor = MemoryReactor()
         self.evaluation = Evaluation(EvalType.SILHOUETTE_SCORE, 3, self.reactor)
         self.logged: list[dict[str, Any]] = []
 
@@ -172,7 +145,7 @@ class TestScore:
         score = world.score()
         world.shared.answer(vectors)
         assert score == []
-        world.reactor.jobs.popleft()()
+        world.reactor.work()
         assert len(score) == 1 and score[0] != 0.0
 
     def test_one_at_a_time(self, world: World) -> None:
