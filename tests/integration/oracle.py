@@ -246,7 +246,7 @@ def judge(
         AssertionError: with every fault found.
     """
     found = _Findings()
-    digests = _digests(journal, found)
+    digests = _inherited(_digests(journal, found), outcomes)
     for iteration in range(
         1, max([0, *digests, *outcomes, *(entry.iteration for entry in journal.acknowledged)]) + 1
     ):
@@ -289,6 +289,19 @@ def _digests(journal: Journal, found: _Findings) -> dict[int, str]:
         if len(known) == 2 and entry.digest not in known:
             found.faults.append(f"server {entry.server} gave {entry.digest} for iteration {entry.iteration}")
     return sole
+
+
+def _inherited(digests: Mapping[int, str], outcomes: Outcomes) -> dict[int, str]:
+    """Return the digests with those that only a failed iteration after theirs has shown.
+
+    A failed iteration leaves the model as it was; an operator who disables the job right after a publication
+    keeps everybody from that model until the iteration after the failed one.
+    """
+    known = dict(digests)
+    for iteration in sorted(outcomes, reverse=True):
+        if not outcomes[iteration].valid and iteration in known:
+            known.setdefault(iteration - 1, known[iteration])
+    return known
 
 
 def _judge_iteration(

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +215,19 @@ def test_the_oracle_sees_a_model_that_nobody_saw_and_one_too_early() -> None:
     journal.receive(2, 2, 1, mean_of({0, 1}, 1), 4.0)
     with pytest.raises(AssertionError, match="answered for iteration 2 while it served 2"):
         judge(journal, {1: GOOD})
+
+
+def test_the_oracle_knows_a_model_by_the_failed_iterations_that_kept_it() -> None:
+    journal = Journal()
+    for iteration, client in product((1, 2), (0, 1)):
+        journal.send(iteration, client)
+        journal.acknowledge(Acknowledged(iteration, client, 0, 1.0))
+    journal.receive(3, 4, 0, mean_of({0, 1}, 1), 3.0)
+    failed = Outcome(False, "why")
+    report = judge(journal, {1: GOOD, 2: failed, 3: failed}, may_fail=lambda reason: reason == "why")
+    assert report.members == {1: frozenset({0, 1})}
+    with pytest.raises(AssertionError, match="the model of iteration 2"):  # it has not the updates of 2
+        judge(journal, {1: GOOD, 2: GOOD, 3: failed}, may_fail=lambda reason: reason == "why")
 
 
 def test_the_oracle_sees_steps_back() -> None:

@@ -209,7 +209,8 @@ def test_a_lost_host_opens_its_places_again(tmp_path: Path) -> None:
     with fleet_of(tmp_path, {0: 0, 1: 1, 2: 1}, places=6) as fleet, Run(fleet) as run:
         lose_a_host(fleet, run)
         assert not run.client(6).start()  # all places are taken
-        wait_until(lambda: run.client(6).start(), "a place is open again", 26)
+        wait_until(lambda: fleet.metric(LOST) == 2, "both ledgers are lost", 26)
+        wait_until(lambda: run.client(6).start(), "a place is open again", 5)
         run.start_all([2])  # one of the lost clients comes again
         run.upload([2, 6, 4, 5])
         run.fetch([0, 1, 2, 4, 5, 6])
