@@ -10,10 +10,10 @@ BIN := .venv/bin
 INSTALL := @requirements/install.sh
 TESTERS ?= 3
 
-.PHONY: help demo test soak lint bench sample lock clean
+.PHONY: help demo test lab lab-full soak lint bench wheel ansible sample lock clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 	@sed -n 's/^#   /  /p' $(firstword $(MAKEFILE_LIST))
 
 demo: ## a federation of eleven processes learns to read handwriting in 15 s
@@ -24,22 +24,38 @@ test: ## all tests
 	$(INSTALL) dev.lock torch.txt
 	@$(BIN)/python -m pytest -n $(TESTERS) --dist loadgroup $(ARGS)
 
+lab: wheel ## a cluster on real systemd hosts of this machine: root only, 15 minutes
+	@tests/lab/run -m "not full" $(ARGS)
+
+lab-full: wheel ## the same with every fault: an hour or two
+	@tests/lab/run $(ARGS)
+
 soak: ## the crash and replay tests for longer:  make soak SECONDS=3600
 	$(INSTALL) dev.lock torch.txt
 	@FEDCORE_SOAK=$(or $(SECONDS),300) $(BIN)/python -m pytest -s tests/integration/test_crashes.py $(ARGS)
 	@FEDCORE_SOAK=$(or $(SECONDS),300) $(BIN)/python -m pytest -s tests/integration/test_random_faults.py tests/model/test_iteration_model.py $(ARGS)
 	@FEDCORE_SOAK=10 $(BIN)/python -m pytest tests/unit/ledger tests/model/test_ledger_model.py -n $(TESTERS) $(ARGS)
 
-lint: ## style, format, types, direction of imports
-	$(INSTALL) dev.lock torch.txt
+lint: ## style, format, types, direction of imports, units, playbooks
+	$(INSTALL) dev.lock torch.txt ansible.lock
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+	@systemd/verify
+	@cd ansible && PATH=$(CURDIR)/$(BIN):$$PATH yamllint --strict . && PATH=$(CURDIR)/$(BIN):$$PATH ansible-lint --offline --strict -q
 
 bench: ## the measurements of docs/PERFORMANCE.md that need no second machine
 	$(INSTALL) dev.lock
 	@for file in bench/*.py; do $(BIN)/python $$file $(ARGS) || exit; done
+
+wheel: ## the package that playbooks install, in dist/
+	$(INSTALL) run.lock
+	@rm -rf build dist/fedcore-*.whl
+	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 1700000000) $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+ansible: ## .venv with Ansible, to run the playbooks with
+	$(INSTALL) run.lock ansible.lock
 
 sample: ## etc/fl.yaml.sample anew from the code
 	$(INSTALL) dev.lock torch.txt

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Writes demo.lock and dev.lock with pip-compile. Versions that stand there stay unless they no longer fit;
+# Writes run.lock, demo.lock, dev.lock and ansible.lock with pip-compile. Versions that stand there stay unless they no longer fit;
 # with --upgrade all are chosen anew.
 set -eu
 cd "$(dirname "$0")/.."
@@ -9,7 +9,7 @@ compile() {
     shift
     .venv/bin/python -m piptools compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header \
         --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options \
-        --output-file "$lock" "$@" setup.py requirements/build.in
+        --output-file "$lock" "$@" requirements/build.in
     {
         echo '# Written by "make lock" with pip-compile: edit setup.py or the .in files instead.'
         echo '#'
@@ -21,5 +21,7 @@ compile() {
     mv "$lock.new" "$lock"
 }
 
-compile demo.lock --extra demo "$@"
-compile dev.lock --extra demo --extra dev --constraint requirements/demo.lock "$@" requirements/dev.in
+compile demo.lock --extra demo "$@" setup.py
+compile run.lock --constraint requirements/demo.lock "$@" setup.py
+compile dev.lock --extra demo --extra dev --constraint requirements/demo.lock "$@" setup.py requirements/dev.in
+compile ansible.lock --constraint requirements/dev.lock "$@" requirements/ansible.in

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-LOCKS = ("demo.lock", "dev.lock")
+LOCKS = ("run.lock", "demo.lock", "dev.lock", "ansible.lock")
 PYTHONS = ("3.11.2", "3.11.9", "3.12.3", "3.13.1", "3.14.0")
 
 
@@ -112,9 +112,10 @@ def test_a_lock_holds_what_its_packages_ask_for(lock, python):
     assert missing == set()
 
 
-def test_both_locks_agree():
-    demo, dev = locked("demo.lock"), locked("dev.lock")
-    assert demo.items() <= dev.items()
+def test_the_locks_agree():
+    run, demo, dev, ansible = (locked(lock) for lock in LOCKS)
+    assert run.items() <= demo.items() <= dev.items()
+    assert all(dev.get(name, version) == version for name, version in ansible.items())
 
 
 @pytest.mark.parametrize("lock", LOCKS)
@@ -135,4 +136,4 @@ def test_make_help_lists_every_word():
         check=True,
         timeout=60,
     ).stdout
-    assert re.findall(r"^  make (\w+) ", shown, re.M) == words[1].split()
+    assert re.findall(r"^  make ([\w-]+) ", shown, re.M) == words[1].split()
