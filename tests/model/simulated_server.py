@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from model.simulation import Simulation as World
 
 TICK_S, CLAIM_PAUSE_S, REBASE_S, LOSS_S, DOUBT_S, STALE_S, SPREAD_S = 1.0, 0.5, 10.0, 10.0, 10.0, 7.0, 2.0
+HOLD_OFF_S, LOOK_S = 1.5, 2.0
 PING_TIMEOUT_S, PEER_TIMEOUT_S, TAKE_TIMEOUT_S = 2.0, 5.0, 30.0
 ROOM_TIMEOUT_S, HOLD_S, RETRY_S, DRAIN_S = 8.0, 8.0, 0.1, 10.0
 TRIES, KEPT = 3, 3
@@ -241,8 +242,11 @@ class Server:
         self.follows = self.registered = self.warned = False
         self.left = ""  # the instance whose state is still held
         self.contradicted: Epoch | None = None
-        self.seen: dict[str, float] = {}  # who was on the list, and when last
+        self.missed: dict[str, float] = {}  # who was on the list; seconds for which it has not been
+        self.unlisted: set[str] = set()
+        self.unlisted_for = 0.0
         self.saw_at = 0.0
+        self.lost_at = float("-inf")
         self.others_before: dict[str, float] = {}
         self.doubt_until = NEVER
         self.baseless_since: float | None = None
@@ -797,6 +801,8 @@ class Server:
                 self.sum = None
                 self.resume(attempt)
                 self.awaken()
+                if (epoch := self.ledgers_epoch) is not None and epoch.iteration == self.iteration.number:
+                    await self.bring_back_ledgers(self.cluster, epoch, preparing=False)
             case core.Advance():
                 done = await self.ask(
                     "advance",
@@ -836,6 +842,8 @@ class Server:
             return await self.observed()
         self.fence = max(self.fence, int(claimed[0].partition(":")[0]))
         self.world.claimed(self, cluster, claimed[0])
+        if replace(self.iteration, phase=claimed[1]).rank < self.iteration.rank:
+            return await self.observed()
         return core.ReductionClaimed(*claimed)
 
     async def open(self, effect: core.Open) -> None:
@@ -1000,23 +1008,38 @@ class Server:
             return raised
         if raised == "raised":
             await ask("publish", "forgotten")
-        held = {i: p.updates for i, p in self.adopted.items() if p.iteration == number}
         epoch = self.ledgers_epoch
-        base = "" if epoch is None else epoch.base
-
-        async def restore(ledger_id: str, clients: Mapping[str, object]) -> None:
-            declared = dict.fromkeys(clients, "1")
-            await ask("restore_clients", instance, number, ledger_id, self.name, declared, base)
-
-        serves = epoch is not None and epoch.iteration == number
-        if serves:
-            await restore("", self.places)
-        for ledger_id, updates in held.items():
-            await ask("own_ledger", instance, ledger_id, self.name, self.former.get(ledger_id, ""))
-            await restore(ledger_id, updates)
-        if self.own is not None and serves:
-            await restore(self.own.id, self.own.updates)
+        if epoch is not None and epoch.iteration == number:
+            places = dict.fromkeys(self.places, "1")
+            await ask("restore_clients", instance, number, "", self.name, places, epoch.base)
+            await self.bring_back_ledgers(cluster, epoch, preparing)
         return raised
+
+    async def bring_back_ledgers(self, cluster: Membership, epoch: Epoch, preparing: bool) -> None:
+        async def ask(*words: Any) -> Any:
+            return await self.ask(*words, preparing=preparing)
+
+        held = {i: p.updates for i, p in self.adopted.items() if p.iteration == epoch.iteration}
+        for ledger_id, updates in held.items():
+            await ask("own_ledger", cluster.instance, ledger_id, self.name, self.former.get(ledger_id, ""))
+            await self.restore(ask, cluster, epoch, ledger_id, updates)
+        if self.own is not None:
+            await self.restore(ask, cluster, epoch, self.own.id, self.own.updates)
+
+    async def restore(
+        self, ask: Any, cluster: Membership, epoch: Epoch, ledger_id: str, clients: Mapping[str, object]
+    ) -> None:
+        declared = dict.fromkeys(clients, "1")
+        words = (
+            "restore_clients",
+            cluster.instance,
+            epoch.iteration,
+            ledger_id,
+            self.name,
+            declared,
+            epoch.base,
+        )
+        await ask(*words)
 
     def known(self) -> Seen:
         now = self.iteration
@@ -1261,16 +1284,22 @@ class Server:
 
     def saw(self, others: Sequence[str]) -> None:
         """Memory.saw"""
-        self.seen = {peer: when for peer, when in self.seen.items() if self.saw_at - when < DOUBT_S}
-        self.saw_at = self.world.now
-        self.seen.update(dict.fromkeys(others, self.saw_at))
+        now = self.world.now
+        for peer in self.unlisted:
+            self.missed[peer] += self.unlisted_for
+        self.missed = {peer: missed for peer, missed in self.missed.items() if missed < DOUBT_S}
+        self.unlisted = self.missed.keys() - set(others)
+        self.unlisted_for = 0.0 if now - self.lost_at < HOLD_OFF_S else min(now - self.saw_at, LOOK_S)
+        self.missed.update(dict.fromkeys(others, 0.0))
+        self.saw_at = now
 
     def begin_doubt(self) -> None:
         """Memory.begin_doubt"""
-        now = self.world.now
+        now = self.lost_at = self.world.now
         self.doubt_until = now + DOUBT_S
-        for peer, last in self.seen.items():
-            lived = now - (self.saw_at - last)
+        self.unlisted = set()
+        for peer, missed in self.missed.items():
+            lived = now - missed
             self.others_before[peer] = max(lived, self.others_before.get(peer, lived))
         self.others_before.update(dict.fromkeys(self.others, now))
 

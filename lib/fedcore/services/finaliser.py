@@ -5,6 +5,7 @@ Each step on the shared state is a compare-and-set; one that is lost is answered
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from twisted.logger import Logger
@@ -60,6 +61,9 @@ class Finaliser:
         if claimed is None:
             return await driver.observed()
         self._memory.claimed(claimed[0])
+        reached = replace(driver.iteration, phase=claimed[1])
+        if reached.rank < driver.iteration.rank:
+            return await driver.observed()  # Redis has lost data since this server looked
         return core.ReductionClaimed(*claimed)
 
     async def reduce(self) -> core.Event | None:

@@ -335,6 +335,7 @@ class IterationDriver(Service):
                 self._parts.reduction.forget()
                 self._intake.resume(attempt)
                 self.wake()
+                await self._recovery.tell_again()
             case core.Advance():
                 self._reporter.ending(cluster, effect.number)
                 done = await cluster.advance(

@@ -19,12 +19,13 @@ from fedcore.core.iteration import Iteration
 from fedcore.ledger.layout import Epoch
 from fedcore.services.ledgers import Ledgers
 from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Look, Raised, Snapshot
-from fedcore.store.keys import DOUBT_S
+from fedcore.store.keys import DOUBT_S, HOLD_OFF_S
 
 if TYPE_CHECKING:
     from fedcore.services.iteration_driver import IterationDriver, Parts
 
 JUMP_S = 2.0  # by so much Redis' clock may differ from one look to the next; more, and it was set
+LOOK_S = 2.0  # of the time since the look before, one look tells at most so much; there is one a second
 _SAME_S = 0.0005  # half of the unit in which Redis holds moments
 log = Logger()
 
@@ -82,8 +83,13 @@ class Memory:
         self._fence = 0  # highest number of a token that was seen
         self.epoch = 0
         self._doubt_until = float("-inf")
-        self._seen: dict[str, float] = {}  # who was on the list of the living, and when last
+        self._lost_at = float("-inf")  # when this server noticed last that Redis had lost data
         self._saw_at = 0.0
+        self._missed: dict[
+            str, float
+        ] = {}  # who was on the list of the living; seconds for which it has not been
+        self._unlisted: set[str] = set()  # of these, who was not on it at the last look,
+        self._unlisted_for = 0.0  # and for how many seconds that look will have told so
         self._others_before: dict[str, float] = {}  # who lived when Redis may have forgotten them, and when
 
     def sealed_for(self) -> float:
@@ -144,22 +150,32 @@ class Memory:
         self._fence = max(self._fence, int(token.partition(":")[0]))
 
     def saw(self, others: Iterable[str]) -> None:
-        """Take note of the servers that are on the list of the living."""
-        # By the last look, not by now: who was paused since then has not seen them go.
-        self._seen = {peer: last for peer, last in self._seen.items() if self._saw_at - last < DOUBT_S}
-        self._saw_at = self._reactor.seconds()
-        self._seen.update(dict.fromkeys(others, self._saw_at))
+        """Take note of the servers that are on the list of the living.
+
+        Who is not on it any more is forgotten DOUBT_S later. A list that was emptied a moment ago names only those who
+        have come back to it already: that others are not on it says nothing of them.
+        """
+        now = self._reactor.seconds()
+        # Only now, as the list that they were not on may have been of a Redis whose loss was noticed after that look.
+        for peer in self._unlisted:
+            self._missed[peer] += self._unlisted_for
+        self._missed = {peer: missed for peer, missed in self._missed.items() if missed < DOUBT_S}
+        self._unlisted = self._missed.keys() - set(others)
+        self._unlisted_for = 0.0 if now - self._lost_at < HOLD_OFF_S else min(now - self._saw_at, LOOK_S)
+        self._missed.update(dict.fromkeys(others, 0.0))
+        self._saw_at = now
 
     def begin_doubt(self, others: Iterable[str]) -> None:
         """From now on Redis may not know yet what the others know, for DOUBT_S.
 
-        A Redis that was emptied lists nobody at first: those that it listed lately count, too, but none for longer than
-        DOUBT_S after it was listed last. Else one that is gone would be waited for anew after each loss.
+        A Redis that was emptied lists nobody at first: those that it listed lately count, too, but only for what is
+        left of DOUBT_S since it listed them. Else one that is gone would be waited for anew after each loss.
         """
-        now = self._reactor.seconds()
+        now = self._lost_at = self._reactor.seconds()
         self._doubt_until = now + DOUBT_S
-        for peer, last in self._seen.items():
-            lived = now - (self._saw_at - last)
+        self._unlisted = set()
+        for peer, missed in self._missed.items():
+            lived = now - missed
             self._others_before[peer] = max(lived, self._others_before.get(peer, lived))
         self._others_before.update(dict.fromkeys(others, now))
 
@@ -173,13 +189,16 @@ class Memory:
         return sorted({*others, *recent})
 
 
+LeftOutTold = Callable[[str, Epoch, LeftOut], object]
+
+
 async def bring_back(
     cluster: ClusterState,
     known: Snapshot,
     ledgers: Ledgers,
     node_id: str,
     places: Mapping[str, ClientMeta],
-    left_out: Callable[[str, Epoch, LeftOut], object] = lambda ledger_id, epoch, why: None,
+    left_out: LeftOutTold = lambda ledger_id, epoch, why: None,
 ) -> Raised:
     """Make Redis know what this server knows; what Redis knows better stays.
 
@@ -205,7 +224,9 @@ async def bring_back(
     number, epoch = known.iteration.number, ledgers.epoch
     restored = 0
     if epoch is not None and (epoch.instance, epoch.iteration) == (cluster.keys.instance, number):
-        restored = await _bring_back_clients(cluster, epoch, ledgers, node_id, places, left_out)
+        # First the places: these say what was declared.
+        await _restore(cluster, epoch, "", node_id, places, left_out)
+        restored = await _bring_back_ledgers(cluster, epoch, ledgers, node_id, left_out)
     if raised is Raised.RAISED or restored:
         log.warn(
             "Redis had lost data of iteration {iteration}; what this server knows is there again",
@@ -217,39 +238,40 @@ async def bring_back(
     return raised
 
 
-async def _bring_back_clients(
-    cluster: ClusterState,
-    epoch: Epoch,
-    ledgers: Ledgers,
-    node_id: str,
-    places: Mapping[str, ClientMeta],
-    left_out: Callable[[str, Epoch, LeftOut], object],
+async def _bring_back_ledgers(
+    cluster: ClusterState, epoch: Epoch, ledgers: Ledgers, node_id: str, left_out: LeftOutTold
 ) -> int:
-    """Make Redis know the clients of the ledgers' epoch, see ``bring_back``.
+    """Make Redis know the clients whose updates of the epoch are in this server's ledgers, see ``bring_back``.
 
     Returns:
-        How many updates it had forgotten.
+        How many updates it did not know of.
     """
-
-    async def restore(ledger_id: str, clients: Mapping[str, ClientMeta]) -> int:
-        try:
-            taken = await cluster.restore_clients(epoch.iteration, ledger_id, node_id, clients, epoch.base)
-        except LeftOut as why:
-            left_out(ledger_id, epoch, why)
-            return 0
-        return taken or 0
-
-    adopted = {ledger_id: partial.clients for ledger_id, partial in ledgers.adopted.items()}
-    await restore("", places)  # first: these say what was declared
     restored = 0
-    for ledger_id, held in adopted.items():
+    for ledger_id, partial in list(ledgers.adopted.items()):
         await ledgers.claim_again(cluster, ledger_id, node_id)
-        restored += await restore(ledger_id, {client.hex(): ClientMeta(0, 0, 0) for client in held})
+        held = {client.hex(): ClientMeta(0, 0, 0) for client in partial.clients}
+        restored += await _restore(cluster, epoch, ledger_id, node_id, held, left_out)
     own = ledgers.own
     if own is not None and ledgers.epoch == epoch:
-        clients = {client.hex(): ClientMeta(size, 0, 0) for client, size in own.clients().items()}
-        restored += await restore(own.id, clients)
+        held = {client.hex(): ClientMeta(size, 0, 0) for client, size in own.clients().items()}
+        restored += await _restore(cluster, epoch, own.id, node_id, held, left_out)
     return restored
+
+
+async def _restore(
+    cluster: ClusterState,
+    epoch: Epoch,
+    ledger_id: str,
+    node_id: str,
+    clients: Mapping[str, ClientMeta],
+    left_out: LeftOutTold,
+) -> int:
+    try:
+        taken = await cluster.restore_clients(epoch.iteration, ledger_id, node_id, clients, epoch.base)
+    except LeftOut as why:
+        left_out(ledger_id, epoch, why)
+        return 0
+    return taken or 0
 
 
 class Recovery:
@@ -313,6 +335,19 @@ class Recovery:
             await cluster.offer_hyper_parameters(hyper_parameters(driver.settings))
             await cluster.offer_model_info(model_info.describe(driver.models.newest_image.layout))
         return raised
+
+    async def tell_again(self) -> None:
+        """Tell which clients' updates this server holds, after a ledger was given up.
+
+        One of them may have been counted in that ledger: it was asked for its update a second time, when Redis had
+        forgotten the first one and nobody could say so.
+        """
+        cluster, epoch = self._driver.joined_cluster(), self._parts.ledgers.epoch
+        here = (cluster.keys.instance, self._driver.iteration.number)
+        if epoch is not None and (epoch.instance, epoch.iteration) == here:
+            await _bring_back_ledgers(
+                cluster, epoch, self._parts.ledgers, self._driver.node_id, self._left_out
+            )
 
     def _left_out(self, ledger_id: str, epoch: Epoch, why: LeftOut) -> None:
         """Take notice of a ledger that Redis does not take back; what is lost with it is told once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from twisted.logger import globalLogPublisher
 
 from fedcore.core.iteration import Iteration, Phase
 from fedcore.ledger.layout import Epoch
-from fedcore.services.recovery import DOUBT_S, JUMP_S, Memory, Moment, bring_back, placed
+from fedcore.services.recovery import DOUBT_S, JUMP_S, Memory, Moment, Recovery, bring_back, placed
 from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Raised, Snapshot
 
 ME = "10.0.0.1:6000::2026-01-01-00:00:00.000.000::10001"
@@ -224,6 +225,23 @@ def test_places_of_the_iteration_before_are_not_given_in_the_next(store: Recorde
     assert not any(store.at("i_1").clients.values())
 
 
+def test_whom_a_ledger_that_was_given_up_held_too_counts_again(store: RecordedStore) -> None:
+    ledgers = InHand(own=Own("own", {b"\1": 6}))
+    told(store, ledgers)
+    state = store.at("i_1")
+    state.uploads[5].clear()  # as Redis had counted this client in the other ledger
+    state.clients[5].clear()
+    cluster = ClusterState(PromptRedis(store), "job", "i_1", 20_000)
+    driver = SimpleNamespace(joined_cluster=lambda: cluster, iteration=Iteration(5), node_id=ME)
+    parts: Any = SimpleNamespace(ledgers=ledgers)
+    result_of(Recovery(driver, parts, Memory(task.Clock())).tell_again())
+    assert state.uploads_of(5) == {"01": "own"}
+    driver.iteration = Iteration(6)
+    state.uploads[5].clear()
+    result_of(Recovery(driver, parts, Memory(task.Clock())).tell_again())
+    assert state.uploads_of(5) == {}, "of the iteration before"
+
+
 class TestClocks:
     """Redis' clock may be set, this server's may not."""
 
@@ -300,17 +318,29 @@ class TestClocks:
         clock = task.Clock()
         memory = Memory(clock)
         memory.saw(["gone", "there"])
-        for _ in range(3):
-            clock.advance(4)
-            memory.saw(["there"])
+        for _ in range(6):
+            for _ in range(4):
+                clock.advance(1)
+                memory.saw(["there"])
             memory.begin_doubt(["there"])
-        assert memory.in_doubt([]) == ["there"], "12 s after it was listed last"
+        assert memory.in_doubt([]) == ["there"], "24 s after it was listed last, half of them told"
+
+    def test_a_list_that_was_just_emptied_tells_of_nobody_that_it_is_gone(self) -> None:
+        clock = task.Clock()
+        memory = Memory(clock)
+        memory.saw(["other"])
+        for _ in range(4):
+            clock.advance(4)
+            memory.begin_doubt([])
+            memory.saw([])  # it may not have come back to this Redis yet
+        assert memory.in_doubt([]) == ["other"]
 
     def test_who_stood_still_has_not_seen_the_others_go(self) -> None:
         clock = task.Clock()
         memory = Memory(clock)
         memory.saw(["a", "b"])
         clock.advance(60)  # paused, and then Redis is empty
+        memory.saw([])
         memory.begin_doubt([])
         assert memory.in_doubt([]) == ["a", "b"]
 
