@@ -123,6 +123,7 @@ TABLE: list[tuple[str, str, Any, Any]] = [
     ("fedcore.device.idle_timeout", "float", "(0.000000,3600.000000]", 50.0),
     ("fedcore.device.max_connections", "int", "[1,1000000]", 20000),
     ("fedcore.device.retry_margin", "float", "[0.100000,3600.000000]", 5.0),
+    ("fedcore.device.proxies", "str", None, ()),
     ("fedcore.ledger.memory_budget", "size", "[1048576,1125899906842624]", 1 << 30),
     ("fedcore.ledger.fsync", "bool", None, False),
     ("fedcore.aggregation.device", "str", ["auto", "cpu", "cuda"], SumDevice.CPU),

@@ -624,6 +624,15 @@ class DeviceSettings:
         unit="s",
         limits=Limits(0.1, 3600.0),
     )
+    proxies: tuple[str, ...] = option(
+        (),
+        "Networks of load balancers, as a,b in CIDR form. Their connections must begin with a header of the PROXY "
+        "protocol (version 1 or 2), and the address in it counts as the device's, also for fedcore.node.allow; from "
+        "elsewhere no such header is taken. HAProxy sends it with send-proxy or send-proxy-v2.",
+        kind=Kind.STR,
+        example="10.0.0.10/32",
+        parse=parse_networks,
+    )
 
 
 @dataclass(frozen=True, slots=True)

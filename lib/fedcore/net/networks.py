@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv6Address, ip_address, ip_network
 
 
 class Networks:
@@ -22,4 +22,6 @@ class Networks:
             address = ip_address(str(host))
         except ValueError:
             return False
+        if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+            address = address.ipv4_mapped  # how IPv4 looks on a listener for both
         return any(address in network for network in self._networks)
