@@ -13,8 +13,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from fedcore.config import Role, Settings, load_settings
-from fedcore.errors import ConfigError
+from fedcore.config import Address, Role, Settings
+from fedctl import deployed
 from fedctl.watch import LocalServers, view_for
 from fedctl.watch import watch as follow
 
@@ -23,6 +23,7 @@ TIMEOUT_S = 10.0
 EXAMPLES = """
 \b
 Examples:
+  fl state                                     on a deployed host: the scheduler that /etc/fl/fl.yaml names
   fl state --scheduler http://10.0.0.5:11202
   fl state --watch --yaml-config fl.yaml       with the iteration of the servers on this host
   fl state --watch --interval 10 | tee changes.log
@@ -60,7 +61,10 @@ def ask(scheduler: str, path: str, ca_file: str | None = None) -> dict[str, Any]
         raise Unanswered(f"the scheduler at {scheduler} refuses: {refusal}") from error
     except (OSError, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise Unanswered(f"the scheduler at {scheduler} cannot be asked: {reason}") from error
+        raise Unanswered(
+            f"the scheduler at {scheduler} cannot be asked: {reason}; is fl-schedulerd running there? If it is "
+            "elsewhere, give --scheduler URL"
+        ) from error
 
 
 def _object(scheduler: str, body: bytes) -> dict[str, Any]:
@@ -74,8 +78,17 @@ def _object(scheduler: str, body: bytes) -> dict[str, Any]:
 
 
 @click.command(epilog=EXAMPLES)
-@click.option("--scheduler", metavar="URL", show_default=SCHEDULER, help="Whom to ask.")
-@click.option("--ca-file", type=click.Path(dir_okay=False), help="Authorities of its certificate (PEM).")
+@click.option(
+    "--scheduler",
+    metavar="URL",
+    help=f"Whom to ask; default: the one that the configuration names, without one {SCHEDULER}.",
+)
+@click.option(
+    "--ca-file",
+    type=click.Path(dir_okay=False),
+    help="Authorities of its certificate (PEM); default: ssl.ca_cert_path of the configuration, without one those of "
+    "the system.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the scheduler's answer as it is.")
 @click.option("--watch", is_flag=True, help="Go on until Ctrl-C; in a pipe, print a line for each change.")
 @click.option(
@@ -89,7 +102,7 @@ def _object(scheduler: str, body: bytes) -> dict[str, Any]:
     "--yaml-config",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Configuration of the job: tells where the scheduler is, and lets --watch show the iteration, from the "
-    "servers on this host.",
+    f"servers on this host. Default: {deployed.CONFIGURATION}, if it is there and --scheduler is not given.",
 )
 def state(
     scheduler: str | None,
@@ -102,9 +115,13 @@ def state(
     """Show the state of a cluster and its nodes."""
     if watch and as_json:
         raise click.UsageError("--json and --watch exclude each other")
-    settings = None if yaml_config is None else _settings(yaml_config)
+    if yaml_config is None and scheduler is None:
+        yaml_config = deployed.find_configuration()
+    settings = None if yaml_config is None else deployed.read_settings(yaml_config, Role.SCHEDULER)
     if scheduler is None:
         scheduler = SCHEDULER if settings is None else scheduler_of(settings)
+    if ca_file is None and settings is not None and settings.enable_ssl:
+        ca_file = settings.ssl.ca_cert_path
     if watch:
         own = None if settings is None else settings.fedcore.server
         local = None if own is None else LocalServers(own.tcp_port, own.admin_address)
@@ -113,16 +130,11 @@ def state(
     show(ask(scheduler, "/state", ca_file), as_json)
 
 
-def _settings(yaml_config: Path) -> Settings:
-    try:
-        return load_settings(yaml_config, Role.SCHEDULER).settings
-    except ConfigError as error:
-        raise click.ClickException(str(error)) from error
-
-
 def scheduler_of(settings: Settings) -> str:
-    """Return the URL of a job's scheduler."""
-    return f"http{'s' if settings.enable_ssl else ''}://{settings.fedcore.scheduler.manage_address}"
+    """Return the URL of a job's scheduler; one that listens everywhere is asked on this host."""
+    address = settings.fedcore.scheduler.manage_address
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
+    return f"http{'s' if settings.enable_ssl else ''}://{Address(host, address.port)}"
 
 
 def show(answer: dict[str, Any], as_json: bool) -> None:

@@ -1,6 +1,7 @@
 """``fl state``: what it prints, and its one line where there is nothing to print."""
 
 import json
+import pathlib
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from fedcore.config import Settings
+from fedctl import deployed
+from fedctl import state as state_module
 from fedctl.__main__ import main
 from fedctl.processes import free_ports
 from fedctl.state import SCHEDULER, scheduler_of
@@ -192,3 +195,76 @@ def test_a_configuration_that_cannot_be_used(tmp_path):
     result = run("--yaml-config", str(tmp_path / "none.yaml"))
     assert result.exit_code == 1
     assert result.stderr == f"Error: yaml config file {tmp_path}/none.yaml not exist\n"
+
+
+# ---- a deployed host
+
+
+@pytest.fixture
+def deployed_host(tmp_path, monkeypatch):
+    """The configuration of a deployed host, whose scheduler listens nowhere."""
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    path = tmp_path / "fl.yaml"
+    path.write_text(
+        f"""
+fl_name: job
+fl_iteration_num: 1
+server_mode: FEDERATED_LEARNING
+enable_ssl: false
+distributed_cache: {{address: "127.0.0.1:6379"}}
+fedcore: {{scheduler: {{manage_address: "{address}"}}}}
+"""
+    )
+    monkeypatch.setattr(deployed, "CONFIGURATION", path)
+    return path, address
+
+
+def test_a_deployed_host_needs_no_options(deployed_host):
+    _, address = deployed_host
+    assert f"the scheduler at http://{address} cannot" in run().stderr
+
+
+def test_an_option_comes_before_the_hosts_configuration(deployed_host, scheduler):
+    path, _ = deployed_host
+    path.write_text("nonsense")
+    assert run("--scheduler", scheduler.url).exit_code == 0
+    assert "Expect content of yaml config file" in run().stderr
+
+
+def test_who_may_not_read_the_hosts_configuration_is_told(deployed_host, monkeypatch):
+    def refuse(self, *_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "open", refuse)  # root may read anything
+    assert run().stderr == (
+        f"Error: {deployed_host[0]} cannot be read by this user: repeat the command with sudo, or join the group fl\n"
+    )
+
+
+def test_no_deployed_host(tmp_path, monkeypatch):
+    monkeypatch.setattr(deployed, "CONFIGURATION", tmp_path / "none" / "fl.yaml")
+    assert deployed.find_configuration() is None
+
+
+def test_the_authorities_of_the_configuration_are_trusted(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(state_module, "ask", lambda *words: asked.append(words) or READY)
+    path = tmp_path / "fl.yaml"
+    path.write_text(
+        """
+fl_name: job
+fl_iteration_num: 1
+server_mode: FEDERATED_LEARNING
+enable_ssl: true
+distributed_cache: {address: "127.0.0.1:6379", cacert_filename: /x/ca.crt}
+ssl: {server_cert_path: /x/s.p12, client_cert_path: /x/c.p12, ca_cert_path: /x/ca.crt,
+      cipher_list: ECDHE-RSA-AES128-GCM-SHA256}
+fedcore: {scheduler: {manage_address: "0.0.0.0:11202"}}
+"""
+    )
+    assert run("--yaml-config", str(path)).exit_code == 0
+    assert run("--yaml-config", str(path), "--ca-file", "/y").exit_code == 0
+    assert asked == [
+        ("https://127.0.0.1:11202", "/state", "/x/ca.crt"),
+        ("https://127.0.0.1:11202", "/state", "/y"),
+    ]

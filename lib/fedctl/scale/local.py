@@ -1,4 +1,4 @@
-"""``fl scale``: how many fl-serverd run on this host.
+"""Servers as plain processes that ``fl scale`` starts: for development, and for hosts without systemd units.
 
 Unlike the children of ``fedctl.processes.Family``, these servers outlive the command, its terminal and its end.
 
@@ -17,8 +17,6 @@ Source: flock(2): the lock belongs to the open file, which the child inherits; p
 from __future__ import annotations
 
 import fcntl
-import http.client
-import json
 import os
 import select
 import signal
@@ -36,34 +34,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedcore.config import Address, Role, address_of_instance, load_settings, port_of_instance
-from fedcore.config.settings import ServerSettings
-from fedcore.errors import ConfigError
-from fedctl.processes import READY_S, Child, fetch, program, wait_until
+from fedcore.config import Address
+from fedctl.processes import Child, program, wait_until
+from fedctl.scale.addresses import NO_ANSWER, PROBE_S, Addresses, addresses_of, readiness
 
 MOST = 100  # fl-serverd knows instances 0..99
 DRAIN_S = 30.0  # a server waits up to 10 s for the requests in flight
 KILL_S = 10.0  # the end after a SIGKILL is a matter of the kernel
-NO_ANSWER = "no answer"
-PROBE_S = 2.0  # patience with an admin listener, which answers at once or not at all
 SIGN_S = 2.0  # a server signs its lock right after its birth
-OURS = {"--instance", "--yaml-config", "--http-server-address", "--admin-address", "--check-config"}
 _LOOK_S = 0.05
 _FILE_MODE = 0o640
 _DIRECTORY_MODE = 0o750
-EXAMPLES = """
-\b
-Examples:
-  fl scale 3 --yaml-config fl.yaml              instances 0, 1 and 2 run; those above are stopped
-  fl scale --yaml-config fl.yaml                what runs here
-  fl scale 0 --yaml-config fl.yaml              stop all
-  fl scale 2 --yaml-config fl.yaml -- --model lenet.safetensors
-
-Instance I listens on the configured ports + I. What stands after -- is given to each fl-serverd that this
-command starts. Servers run in the working directory of the command that starts them, where relative paths of
-the configuration begin. They write to serverd-I.log in the run directory, and go on when the command ends,
-also if it is interrupted.
-"""
 
 Say = Callable[[str], None]
 
@@ -214,28 +195,6 @@ def _check_kin(servers: Sequence[Running], yaml_config: Path) -> None:
 # ---- starting
 
 
-@dataclass(frozen=True, slots=True)
-class Addresses:
-    """Where a server listens."""
-
-    devices: Address
-    node_port: int
-    admin: Address
-
-    @classmethod
-    def of(cls, settings: ServerSettings, instance: int) -> Addresses:
-        """Return those of an instance: the configured ports + its number.
-
-        Raises:
-            ConfigError: a port is above 65535.
-        """
-        return cls(
-            address_of_instance(settings.http_address, instance),
-            port_of_instance(settings.tcp_port, instance),
-            address_of_instance(settings.admin_address, instance),
-        )
-
-
 def start_servers(
     directory: RunDirectory,
     wanted: Mapping[int, Addresses],
@@ -343,23 +302,6 @@ def _await_ready(
     return failures
 
 
-def readiness(admin: Address) -> tuple[bool, str]:
-    """Ask a server whether it is ready.
-
-    Returns:
-        Whether it is, and the same in words.
-    """
-    try:
-        status, body = fetch(f"http://{admin}/readyz", PROBE_S)
-        if status == 200:
-            return True, "ready"
-        return False, "not ready: " + "; ".join(json.loads(body)["reasons"].values())
-    except (OSError, http.client.HTTPException):
-        return False, NO_ANSWER
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return False, f"what answers at {admin} is no server"
-
-
 # ---- stopping
 
 
@@ -438,7 +380,7 @@ def _await_ends(left: Mapping[int, Running], patience: float, say: Say) -> dict[
     return left
 
 
-# ---- the command
+# ---- all of it
 
 
 def show(servers: Sequence[Running], addresses: Mapping[int, Addresses], directory: RunDirectory) -> None:
@@ -465,77 +407,26 @@ def show(servers: Sequence[Running], addresses: Mapping[int, Addresses], directo
         click.echo("\n".join(lines))
 
 
-def _options_for_servers(
-    context: click.Context, parameter: click.Parameter, words: tuple[str, ...]
-) -> tuple[str, ...]:
-    """Refuse options that would be the same for all servers, but must not be."""
-    for word in words:
-        name = word.partition("=")[0].replace("_", "-")
-        if name in OURS:
-            raise click.UsageError(
-                f"{name} is not for all servers alike; fl scale takes it from the configuration"
-            )
-    return words
-
-
-def _addresses(yaml_config: Path, instances: Sequence[int]) -> dict[int, Addresses]:
-    try:
-        settings = load_settings(yaml_config, Role.SERVER).settings.fedcore.server
-        return {instance: Addresses.of(settings, instance) for instance in instances}
-    except ConfigError as error:
-        raise click.ClickException(str(error)) from error
-
-
-@click.command(epilog=EXAMPLES)
-@click.argument("n", metavar="[N]", type=click.IntRange(0, MOST), required=False)
-@click.argument(
-    "options", metavar="[-- OPTIONS]", nargs=-1, type=click.UNPROCESSED, callback=_options_for_servers
-)
-@click.option(
-    "--yaml-config",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Configuration file of the job.",
-)
-@click.option(
-    "--run-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of locks and logs; default: NAME-run in the working directory for a configuration NAME.yaml.",
-)
-@click.option(
-    "--ready-timeout",
-    type=click.FloatRange(0),
-    default=READY_S,
-    show_default=True,
-    help="Seconds until new servers shall be ready.",
-)
-@click.option(
-    "--drain-timeout",
-    type=click.FloatRange(0),
-    default=DRAIN_S,
-    show_default=True,
-    help="Seconds until servers that are stopped shall have ended.",
-)
-@click.option("--kill", is_flag=True, help="Kill servers that have not ended by then.")
-def scale(
+def scale_here(
     n: int | None,
-    options: tuple[str, ...],
+    options: Sequence[str],
     yaml_config: Path,
     run_dir: Path | None,
+    *,
     ready_timeout: float,
     drain_timeout: float,
     kill: bool,
 ) -> None:
-    """Make N servers run on this host, or show those that do.
+    """Make N servers run as processes, or show those that do; the arguments are the command's.
 
-    Instances 0 to N-1 of fl-serverd are started where they do not run, those from N on are asked to end. Devices,
-    the scheduler and the other servers need no word of it. Only servers that fl scale has started are touched.
+    Raises:
+        ClickException: something stands against it.
     """
     yaml_config = yaml_config.absolute()
     directory = RunDirectory((run_dir or Path(f"{yaml_config.stem}-run")).absolute())
     if n is None:
         running = directory.running()
-        show(running, _addresses(yaml_config, [server.instance for server in running]), directory)
+        show(running, addresses_of(yaml_config, [server.instance for server in running]), directory)
         return
     say = partial(Console(highlight=False).print, markup=False, soft_wrap=True)
     with directory.alone(say):
@@ -544,7 +435,7 @@ def scale(
         missing = sorted(set(range(n)) - {server.instance for server in running})
         if missing:
             arguments = ["--yaml-config", str(yaml_config), *options]
-            start_servers(directory, _addresses(yaml_config, missing), arguments, ready_timeout, say)
+            start_servers(directory, addresses_of(yaml_config, missing), arguments, ready_timeout, say)
         stop_servers(
             directory, [server for server in running if server.instance >= n], drain_timeout, kill, say
         )
