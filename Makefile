@@ -25,10 +25,10 @@ test: ## all tests
 	@$(BIN)/python -m pytest -n $(TESTERS) --dist loadgroup $(ARGS)
 
 lab: wheel ## a cluster on real systemd hosts of this machine: root only, 15 minutes
-	@tests/lab/run -m "not full" $(ARGS)
+	@tests/lab/run --minutes 30 -m "not full" $(ARGS)
 
 lab-full: wheel ## the same with every fault: an hour or two
-	@tests/lab/run $(ARGS)
+	@tests/lab/run --minutes 180 $(ARGS)
 
 soak: ## the crash and replay tests for longer:  make soak SECONDS=3600
 	$(INSTALL) dev.lock torch.txt
