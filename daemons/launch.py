@@ -1,44 +1,75 @@
-"""What all daemons share: options, logging, readiness notice, signals, exit codes."""
+"""What all daemons share: options, the way to Redis, notices to systemd, signals, exit codes."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
-from twisted.internet import defer, endpoints, error, reactor
-from twisted.internet.interfaces import IListeningPort, IStreamClientEndpoint
+from twisted.internet import defer, error, reactor, task
+from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory
 
 from fedcore import __version__
-from fedcore.config import (
-    Address,
-    Role,
-    Settings,
-    UnixAddress,
-    load_settings,
-    unsupported,
-)
-from fedcore.config.crosscheck import redis_has_tls
-from fedcore.config.keys import plain_text
+from fedcore.config import Address, Settings
 from fedcore.errors import ConfigError, FedcoreError
-from fedcore.net import sd_notify, tls
 from fedcore.net.reactor import follow_monotonic_clock
-from fedcore.observe.log import start_logging
+from fedcore.net.sd_notify import Notifier
+from fedcore.observe.log import complain
+from fedcore.services.supervision import Supervision
+from fedcore.services.to_redis import Moved, way_to_redis
 from fedcore.store.link import Access
 from fedcore.store.notices import Notices
 from fedcore.store.redis import Redis
-from fedcore.store.sentinel import Sentinel, SentinelEndpoint
+from fldaemons.configuration import (
+    CREDENTIALS_HELP,
+    REDIS_PASSWORD,
+    SENTINEL_PASSWORD,
+    Configuration,
+    RenewableContext,
+    password_of,
+)
 
 EX_CONFIG = 78  # sysexits.h: the configuration is wrong; systemd shall not restart (RestartPreventExitStatus)
-SENTINEL_TIMEOUT_S = 2.0  # for each; a dead one shall not hold up the fail-over that it is part of
+EXTENSION_S = 15.0  # that a stop asks for, again and again
+STOP_LIMIT_S = (
+    90.0  # for all of a stop; 10 s for requests, 10 s to hand over, 2 s for other nodes, and Redis' answers
+)
+
+# Whether it can be used is found out by using it: that fault is one of the configuration, and is told to systemd.
+FILE = click.Path(path_type=Path, readable=False)
+
+_LISTEN_REMEDIES = {
+    errno.EADDRINUSE: "end what uses it (perhaps this daemon, started twice), or choose another address",
+    errno.EADDRNOTAVAIL: "this host does not have that address: choose another one",
+    errno.EACCES: "a port below 1024 needs a right that the daemon's user lacks: choose a higher one",
+}
+
+SIGNALS_HELP = """
+\b
+Signals:
+  SIGTERM, SIGINT   end in order: finish what is under way, hand over what is held
+  SIGHUP            read the configuration again: the log's level and the listeners' certificate change at once, the
+                    rest at the next start; on a terminal it ends the daemon, as SIGTERM does
+"""
+EXIT_CODES_HELP = """
+\b
+Exit codes:
+  0   it was told to stop
+  78  the configuration cannot be used: mend it first
+  2   the command line cannot be used: an unknown option, a value of the wrong kind
+  1   it could not start or go on: a new start may help
+"""
+COMMON_HELP = CREDENTIALS_HELP + SIGNALS_HELP
 
 log = Logger()
 
@@ -51,14 +82,14 @@ class Listener:
         purpose: for logs.
         address: where.
         factory: Twisted protocol factory.
-        context: TLS context factory, or None for plain TCP.
+        context: makes the TLS of new connections; None for plain TCP.
         stays: whether it listens until the drain is over; others close before it.
     """
 
     purpose: str
     address: Address
     factory: Any
-    context: Any = None
+    context: RenewableContext | None = None
     stays: bool = False
 
 
@@ -67,19 +98,38 @@ class Daemon:
     """A daemon, built but not started.
 
     Attributes:
+        configuration: what it was told.
         listeners: opened in this order.
         services: started in this order, stopped in reverse.
+        status: gives what it is about, in a line.
+        follow: given a function that is to be called whenever the status may have changed; what calls nobody is seen
+            within a second.
+        alive: tells, given the seconds in which the process ran since the last question, whether all is well that a new
+            process would mend; asked for systemd's watchdog.
         started: called once all listen.
         drain: awaited before anything is stopped.
+        last_work: gives the seconds that work in threads may still take once everything is stopped.
         fault: why it ended by itself, None if it did not.
+        stopping: whether its end has begun.
     """
 
+    configuration: Configuration
     listeners: list[Listener]
     services: list[Any]
+    status: Callable[[], str]
+    follow: Callable[[Callable[[], None]], None] = lambda changed: None
+    alive: Callable[[float], bool] = lambda seconds: True
     started: Callable[[], None] = lambda: None
     drain: Callable[[], Awaitable[None]] | None = None
+    last_work: Callable[[], float] = lambda: EXTENSION_S
     fault: FedcoreError | None = None
+    stopping: bool = False
     _ports: list[IListeningPort] = field(default_factory=list)
+
+    def status_line(self) -> str:
+        """Return what systemd shows: what the daemon is about, and whether it follows another configuration."""
+        problem = self.configuration.problem
+        return f"{self.status()}; NOT RELOADED: {problem}" if problem else self.status()
 
     def give_up(self, fault: FedcoreError) -> None:
         """End because of a fault that turned up after the start and that waiting does not mend.
@@ -107,19 +157,17 @@ def common_options(command: Any) -> Any:
     """Add the options that every daemon has."""
     for option in reversed(
         (
-            both_spellings(
-                "--yaml-config", required=True, type=click.Path(path_type=Path), help="Configuration file."
-            ),
+            both_spellings("--yaml-config", required=True, type=FILE, help="Configuration file."),
             both_spellings("--admin-address", help="host:port of /metrics, /livez and /readyz."),
             both_spellings(
                 "--server-password-file",
-                type=click.Path(path_type=Path),
-                help="File with the password of ssl.server_cert_path.",
+                type=FILE,
+                help="File with the password of ssl.server_cert_path; see Passwords.",
             ),
             both_spellings(
                 "--client-password-file",
-                type=click.Path(path_type=Path),
-                help="File with the password of ssl.client_cert_path.",
+                type=FILE,
+                help="File with the password of ssl.client_cert_path; see Passwords.",
             ),
             both_spellings("--check-config", is_flag=True, help="Check the configuration and exit."),
             click.version_option(__version__, message="%(prog)s %(version)s"),
@@ -127,53 +175,6 @@ def common_options(command: Any) -> Any:
     ):
         command = option(command)
     return command
-
-
-def configure(path: Path, role: Role) -> Settings:
-    """Read the configuration and start the log.
-
-    Raises:
-        ConfigError: it cannot be used.
-    """
-    loaded = load_settings(path, role)
-    faults = unsupported(loaded.settings, role)
-    if faults:
-        raise ConfigError("\n".join(faults))
-    start_logging(sys.stderr, loaded.settings.fedcore.log.level.value)
-    for warning in loaded.warnings:
-        log.warn("{warning}", warning=warning)
-    return loaded.settings
-
-
-def read_password(path: Path | None) -> bytes:
-    """Return the first line of a password file, b"" if there is none.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    if path is None:
-        return b""
-    try:
-        return path.read_bytes().split(b"\n", 1)[0].rstrip(b"\r")
-    except OSError as problem:
-        raise ConfigError(f"cannot read the password file {path}: {problem.strerror}") from problem
-
-
-def listening_context(settings: Settings, password_file: Path | None) -> Any:
-    """Return the TLS context of a listener, None while enable_ssl is off.
-
-    Raises:
-        ConfigError: certificate, password or cipher list cannot be used.
-    """
-    if not settings.enable_ssl:
-        return None
-    return tls.listening_context(
-        Path(settings.ssl.server_cert_path),
-        read_password(password_file),
-        settings.ssl.cipher_list,
-        datetime.now(UTC),
-        lambda sentence: log.warn("{warning}", warning=sentence),
-    )
 
 
 def redis_of(settings: Settings, on_error: Callable[[], None], reactor: Any) -> Redis:
@@ -222,66 +223,17 @@ def notices_of(settings: Settings, heard: Callable[[bytes], None], reactor: Any)
 
 def _redis_access(settings: Settings) -> Access:
     own = settings.fedcore.redis
-    return Access(own.username, _password_of(own.password_file), own.database)
+    return Access(own.username, _password(own.password_file, REDIS_PASSWORD), own.database)
 
 
-_Moved = Callable[[], Awaitable[bool]] | None
-
-
-def _way_to_redis(settings: Settings, reactor: Any) -> tuple[IStreamClientEndpoint, str, _Moved]:
-    """Return how to connect to the job's Redis, its name for messages, and who tells that the master is elsewhere."""
-    own, address = settings.fedcore.redis, settings.distributed_cache.address
-    to_host = _to_host(settings, reactor)
-    if own.sentinels:
-        sentinels = [Sentinel(str(one), to_host(one.host, one.port)) for one in own.sentinels]
-        endpoint = SentinelEndpoint(
-            sentinels,
-            own.sentinel_master,
-            to_host,
-            access=Access(own.sentinel_username, _password_of(own.sentinel_password_file)),
-            timeout=min(own.connect_timeout, SENTINEL_TIMEOUT_S),
-            reactor=reactor,
-        )
-        return endpoint, f"{own.sentinel_master} of the Sentinels {plain_text(own.sentinels)}", endpoint.moved
-    if isinstance(address, UnixAddress):
-        return endpoints.UNIXClientEndpoint(reactor, address.path, own.connect_timeout), str(address), None
-    return to_host(address.host, address.port), str(address), None
-
-
-def _to_host(settings: Settings, reactor: Any) -> Callable[[str, int], IStreamClientEndpoint]:
-    """Return the function that makes an endpoint for a host and port, with TLS if it is to be."""
-    timeout = settings.fedcore.redis.connect_timeout
-
-    def plain(host: str, port: int) -> IStreamClientEndpoint:
-        return endpoints.HostnameEndpoint(reactor, host, port, timeout)
-
-    if not redis_has_tls(settings):
-        return plain
-    cache = settings.distributed_cache
-    context = tls.redis_contexts(
-        tls.RedisFiles(
-            cache.cacert_filename,
-            cache.capath,
-            cache.cert_filename,
-            cache.private_key_filename,
-            cache.server_name,
-        )
+def _way_to_redis(settings: Settings, reactor: Any) -> tuple[Any, str, Moved]:
+    return way_to_redis(
+        settings, _password(settings.fedcore.redis.sentinel_password_file, SENTINEL_PASSWORD), reactor
     )
-    return lambda host, port: endpoints.wrapClientTLS(context(host), plain(host, port))
 
 
-def _password_of(path: str) -> bytes:
-    """Return the password in a file, b"" if no file is named.
-
-    Raises:
-        ConfigError: the file cannot be read, or its first line is empty.
-    """
-    password = read_password(Path(path) if path else None)
-    if path and not password:
-        raise ConfigError(
-            f"the first line of the password file {path} is empty", hint="put the password there"
-        )
-    return password
+def _password(named: str, name: str) -> bytes:
+    return password_of(Path(named) if named else None, name)
 
 
 def _warn_if_others_can_read(path: str) -> None:
@@ -295,61 +247,107 @@ def _warn_if_others_can_read(path: str) -> None:
             log.warn("others can read the password file {path}: chmod 600 it", path=path)
 
 
-def run(name: str, build: Callable[[Any], Daemon | None]) -> int:
+def run(name: str, build: Callable[[Any, Notifier], Daemon | None]) -> int:
     """Build a daemon and run it until it is told to stop.
 
     Args:
         name: for messages.
-        build: given the reactor, returns the daemon, or None if there is nothing to run.
+        build: given the reactor and the way to systemd, returns the daemon, or None if there is nothing to run.
 
     Returns:
         The exit code: 0 after a clean stop, 78 for a bad configuration, 1 if it could not start or go on.
     """
     follow_monotonic_clock(reactor)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nothing is in force yet that could be old
+    notifier = Notifier.of(os.environ, os.getpid())
+    notifier.status("starting")
     try:
-        daemon = build(reactor)
-    except ConfigError as problem:
-        print(f"{name}: {problem}", file=sys.stderr)
-        return EX_CONFIG
-    if daemon is None:
-        return 0
-    try:
+        daemon = build(reactor, notifier)
+        if daemon is None:
+            return 0
         _start(daemon, reactor)
-    except error.CannotListenError as problem:
-        where = f"{problem.interface or '*'}:{problem.port}"
-        cause = problem.socketError.strerror or problem.socketError
-        print(
-            f"{name}: cannot listen at {where}: {cause}; choose another address or end what uses it",
-            file=sys.stderr,
-        )
-        return 1
-    notify_socket = os.environ.get("NOTIFY_SOCKET")
-    reactor.addSystemEventTrigger("before", "shutdown", _stop, daemon, notify_socket)  # type: ignore[attr-defined]
-    sd_notify.notify(notify_socket, "READY=1")
+    except Exception as problem:
+        return _failed(name, notifier, problem)
+    supervision = Supervision(notifier, daemon.status_line, daemon.alive, reactor)
+    signal.signal(signal.SIGHUP, _on_hangup(daemon, notifier, reactor))
+    reactor.addSystemEventTrigger("before", "shutdown", _stop, daemon, notifier, supervision, reactor)  # type: ignore[attr-defined]
+    notifier.ready(daemon.status_line())
     daemon.started()
+    supervision.startService()
+    daemon.follow(supervision.changed)
     reactor.run()  # type: ignore[attr-defined]
     log.info("{name} has stopped", name=name)
-    if daemon.fault is not None:
-        print(f"{name}: {daemon.fault}", file=sys.stderr)
-        return EX_CONFIG if isinstance(daemon.fault, ConfigError) else 1
-    return 0
+    return 0 if daemon.fault is None else _failed(name, notifier, daemon.fault)
+
+
+def _failed(name: str, notifier: Notifier, problem: Exception) -> int:
+    """Tell everybody why a daemon ends; return its exit code."""
+    text = str(problem) if isinstance(problem, FedcoreError | OSError) else repr(problem)
+    if not isinstance(problem, FedcoreError | OSError):
+        complain(sys.stderr, "".join(traceback.format_exception(problem)))
+        text += " (this is a bug: please report it with the log)"
+    complain(sys.stderr, f"{name}: {text}")
+    notifier.failed(text, errno_of(problem))
+    return EX_CONFIG if isinstance(problem, ConfigError) else 1
+
+
+def errno_of(problem: BaseException | None) -> int | None:
+    """Return the system's error number behind an exception, None if there is none."""
+    while problem is not None:
+        if isinstance(problem, OSError) and (problem.errno or 0) > 0:  # below 0 are those of getaddrinfo
+            return problem.errno
+        problem = problem.__cause__
+    return None
+
+
+def _on_hangup(daemon: Daemon, notifier: Notifier, reactor: Any) -> Callable[[int, Any], None]:
+    """Return what a SIGHUP does: it has the configuration read again, or says that the daemon's terminal is gone."""
+
+    def reload() -> None:
+        if not daemon.stopping:
+            notifier.reloading()
+            daemon.configuration.read_again()
+            notifier.ready(daemon.status_line())
+
+    then = daemon.leave if sys.stderr.isatty() else reload
+    return lambda number, frame: reactor.callFromThread(then)
 
 
 def _start(daemon: Daemon, reactor: Any) -> None:
+    """Open the listeners and start the services.
+
+    Raises:
+        FedcoreError: an address cannot be listened at.
+    """
     for listener in daemon.listeners:
         factory = listener.factory
         if listener.context is not None:
             factory = TLSMemoryBIOFactory(listener.context, False, factory)
-        host = listener.address.host
-        daemon._ports.append(reactor.listenTCP(listener.address.port, factory, interface=host, backlog=1024))
+        host, port = listener.address.host, listener.address.port
+        try:
+            daemon._ports.append(reactor.listenTCP(port, factory, interface=host, backlog=1024))
+        except error.CannotListenError as problem:
+            cause = problem.socketError
+            raise FedcoreError(
+                f"cannot listen at {listener.address} ({listener.purpose}): {cause.strerror or cause}",
+                hint=_LISTEN_REMEDIES.get(cause.errno, "choose another address"),
+            ) from cause
         log.info("{purpose} at {address}", purpose=listener.purpose, address=str(listener.address))
     for service in daemon.services:
         service.startService()
 
 
 @defer.inlineCallbacks
-def _stop(daemon: Daemon, notify_socket: str | None) -> Any:
-    sd_notify.notify(notify_socket, "STOPPING=1")
+def _stop(daemon: Daemon, notifier: Notifier, supervision: Supervision, reactor: Any) -> Any:
+    """Stop in order; systemd is asked for time as long as the steps take, but not for longer than STOP_LIMIT_S."""
+    daemon.stopping = True
+    notifier.stopping()
+    limit = reactor.seconds() + STOP_LIMIT_S
+    renewing = task.LoopingCall(
+        lambda: notifier.extend(EXTENSION_S) if reactor.seconds() < limit else renewing.stop()
+    )
+    renewing.clock = reactor
+    renewing.start(EXTENSION_S / 3)
     for listener, port in zip(daemon.listeners, daemon._ports, strict=True):
         if not listener.stays:
             yield port.stopListening()
@@ -360,3 +358,7 @@ def _stop(daemon: Daemon, notify_socket: str | None) -> Any:
             yield port.stopListening()
     for service in reversed(daemon.services):
         yield service.stopService()
+    if renewing.running:
+        renewing.stop()
+    notifier.extend(daemon.last_work())
+    supervision.stopService()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from fedcore.config import SCHEDULER_ADDRESS_FAULT, Role, parse_address
 from fedcore.observe.health import Readiness
 from fedcore.observe.metrics import CommonMetrics
 from fedcore.services.admin import admin_site
+from fedcore.services.job_watch import JobWatch
 from fedcore.services.operator_api import OperatorApi
 from fedcore.services.operator_http import operator_site
 from fldaemons import launch
+from fldaemons.configuration import Configuration
 
 EXAMPLES = """
 \b
@@ -27,7 +30,7 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(epilog=EXAMPLES + launch.COMMON_HELP + launch.EXIT_CODES_HELP)
 @launch.common_options
 @launch.both_spellings("--scheduler-manage-address", help="host:port of the operator API.")
 def main(**options: Any) -> None:
@@ -35,7 +38,7 @@ def main(**options: Any) -> None:
 
     It may be restarted, or run twice, at any time; training does not notice.
     """
-    sys.exit(launch.run("fl-schedulerd", lambda reactor: build(options, reactor)))
+    sys.exit(launch.run("fl-schedulerd", lambda reactor, notifier: build(options, reactor)))
 
 
 def build(options: dict[str, Any], reactor: Any) -> launch.Daemon | None:
@@ -45,21 +48,22 @@ def build(options: dict[str, Any], reactor: Any) -> launch.Daemon | None:
         ConfigError: the configuration cannot be used.
     """
     path: Path = options["yaml_config"]
-    settings = launch.configure(path, Role.SCHEDULER)
+    configuration = Configuration.read(path, Role.SCHEDULER)
+    settings = configuration.settings
     own = settings.fedcore.scheduler
     manage, admin = own.manage_address, own.admin_address
     if options["scheduler_manage_address"]:
         manage = parse_address(options["scheduler_manage_address"], SCHEDULER_ADDRESS_FAULT)
     if options["admin_address"]:
         admin = parse_address(options["admin_address"])
-    context = launch.listening_context(settings, options["server_password_file"])
+    context = configuration.listening_context(options["server_password_file"])
+    metrics = CommonMetrics("schedulerd")
+    redis = launch.redis_of(settings, metrics.redis_errors.inc, reactor)
     if options["check_config"]:
         click.echo(f"{path}: the configuration is good")
         return None
-    metrics = CommonMetrics("schedulerd")
-    redis = launch.redis_of(settings, metrics.redis_errors.inc, reactor)
     metrics.redis_up.set_function(lambda: redis.available)
-    readiness = Readiness({"redis": lambda: None if redis.available else "no connection to Redis"})
+    readiness = Readiness({"redis": lambda: redis.problem or None})
     api = OperatorApi(
         redis,
         settings.fl_name,
@@ -67,12 +71,22 @@ def build(options: dict[str, Any], reactor: Any) -> launch.Daemon | None:
         clock=reactor,
         now=datetime.now,
     )
-    return launch.Daemon(
+    watch = JobWatch(api, settings.fl_name, reactor)
+    daemon = launch.Daemon(
+        configuration,
         [
             launch.Listener(
                 "operator API", manage, operator_site(api, integer_code=own.integer_code), context
             ),
             launch.Listener("admin", admin, admin_site(readiness, metrics)),
         ],
-        [redis],
+        [redis, watch],
+        status=lambda: readiness.status(watch.state),
     )
+
+    def follow(changed: Callable[[], None]) -> None:
+        watch.changed = changed
+        redis.on_change.append(lambda available: watch.look())
+
+    daemon.follow = follow
+    return daemon

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,23 @@ import click
 from fedcore.config import (
     HTTP_ADDRESS_FAULT,
     Role,
+    Settings,
     address_of_instance,
     parse_address,
     parse_host,
     port_of_instance,
 )
+from fedcore.net.proxy import behind_proxies
+from fedcore.net.sd_notify import Notifier
 from fedcore.observe.health import Readiness
 from fedcore.observe.metrics import ServerMetrics
 from fedcore.services.admin import admin_site
 from fedcore.services.callbacks import Callback
-from fedcore.services.server import Server, ServerOptions
+from fedcore.services.server import Server, ServerOptions, check_writable, size_of_models
+from fedcore.services.supervision import longest_work
 from fedcore.store.keys import changes
 from fldaemons import launch
+from fldaemons.configuration import Configuration
 
 EXAMPLES = """
 \b
@@ -33,18 +40,16 @@ Examples:
 """
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(epilog=EXAMPLES + launch.COMMON_HELP + launch.EXIT_CODES_HELP)
 @launch.common_options
 @launch.both_spellings("--http-server-address", help="host:port for devices, taken as it is.")
 @launch.both_spellings(
     "--tcp-server-ip", help="Address for other nodes; default: the one that reaches Redis."
 )
-@launch.both_spellings(
-    "--checkpoint-dir", type=click.Path(path_type=Path), help="Folder of published models."
-)
+@launch.both_spellings("--checkpoint-dir", type=launch.FILE, help="Folder of published models.")
 @launch.both_spellings(
     "--model",
-    type=click.Path(path_type=Path),
+    type=launch.FILE,
     help="Initial weights: .safetensors, .ckpt, .npz, .pt or .pth.",
 )
 @launch.both_spellings(
@@ -52,7 +57,7 @@ Examples:
 )
 @launch.both_spellings(
     "--ledger-dir",
-    type=click.Path(path_type=Path),
+    type=launch.FILE,
     help="Folder of the update ledgers, shared by the servers of a host; default: ledgers/ among the checkpoints.",
 )
 def main(**options: Any) -> None:
@@ -70,17 +75,22 @@ def serve(options: dict[str, Any], callback: Callback | None = None) -> int:
     Returns:
         The exit code.
     """
-    return launch.run("fl-serverd", lambda reactor: build(options, callback or Callback(), reactor))
+    return launch.run(
+        "fl-serverd", lambda reactor, notifier: build(options, callback or Callback(), reactor, notifier)
+    )
 
 
-def build(options: dict[str, Any], callback: Callback, reactor: Any) -> launch.Daemon | None:
+def build(
+    options: dict[str, Any], callback: Callback, reactor: Any, notifier: Notifier
+) -> launch.Daemon | None:
     """Build the server from its command line.
 
     Raises:
         ConfigError: the configuration cannot be used.
     """
     path: Path = options["yaml_config"]
-    settings = launch.configure(path, Role.SERVER)
+    configuration = Configuration.read(path, Role.SERVER)
+    settings = configuration.settings
     own, n = settings.fedcore.server, options["instance"]
     http = address_of_instance(own.http_address, n)
     admin = address_of_instance(own.admin_address, n)
@@ -99,9 +109,13 @@ def build(options: dict[str, Any], callback: Callback, reactor: Any) -> launch.D
         tcp_ip=tcp_ip,
         tcp_port=port_of_instance(own.tcp_port, n),
     )
-    context = launch.listening_context(settings, options["server_password_file"])
+    check_writable(checkpoints)
+    context = configuration.listening_context(options["server_password_file"])
     metrics = ServerMetrics()
     redis = launch.redis_of(settings, metrics.redis_errors.inc, reactor)
+    notifier.extend(longest_work(size_of_models(settings.fl_name, server_options)))
+    if options["check_config"]:
+        settings = _without_journal(settings)
     server = Server(settings, server_options, redis, metrics, callback, reactor)
     if options["check_config"]:
         click.echo(f"{path}: the configuration is good")
@@ -113,16 +127,27 @@ def build(options: dict[str, Any], callback: Callback, reactor: Any) -> launch.D
     readiness = Readiness(server.checks())
     notices = launch.notices_of(settings, server.driver.heard, reactor)
     notices.follow(changes(settings.fl_name))
+    proxies = settings.fedcore.device.proxies, settings.fedcore.device.header_timeout
     daemon = launch.Daemon(
+        configuration,
         [
-            launch.Listener("device API", http, server.site, context),
+            launch.Listener("device API", http, *behind_proxies(server.site, context, *proxies, reactor)),
             launch.Listener("node channel", server.node_address, server.node_listener, stays=True),
             launch.Listener("admin", admin, admin_site(readiness, metrics)),
         ],
         [*server.services, notices],
-        server.started,
-        server.drain,
+        status=lambda: server.leaving or readiness.status(server.doing()),
+        follow=server.follow,
+        alive=server.threads.alive,
+        started=server.started,
+        drain=server.drain,
+        last_work=lambda: server.threads.longest,
     )
     server.driver.on_fatal = daemon.give_up
     server.driver.on_leave = daemon.leave
     return daemon
+
+
+def _without_journal(settings: Settings) -> Settings:
+    """Return settings with which nothing is written: a check must leave no file that only its own user may use."""
+    return replace(settings, summary=replace(settings.summary, failure_event_file=os.devnull))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,17 @@ import click
 from fedcore.config import Role, address_of_instance, parse_address
 from fedcore.config.settings import parse_pairs, parse_training_device
 from fedcore.errors import ConfigError, FedcoreError
-from fedcore.net import sd_notify
+from fedcore.net.sd_notify import Notifier
 from fedcore.observe.health import Readiness
 from fedcore.observe.metrics import WorkerMetrics
 from fedcore.services.admin import admin_site
 from fedcore.services.worker import Worker, require_hybrid
 from fedcore.services.worker_trainer import choose_device, load_trainer, read_options, trainer_class
 from fldaemons import launch
+from fldaemons.configuration import Configuration
 
 LARGEST_FREQUENCY = 2**32 - 1  # as of fedcore.worker.sync_frequency
+TRAINER_S = 600.0  # for the trainer to be made: it may import torch and read all its data then
 
 EXAMPLES = """
 \b
@@ -30,7 +32,8 @@ Examples:
   fl-workerd --yaml-config fl.yaml --trainer fedexamples.lenet_worker_numpy:NumpyLeNetWorker --set seed=7
   fl-workerd --yaml-config fl.yaml --trainer mine:Trainer --sync-frequency 50 --device cuda:1
   fl-workerd --yaml-config fl.yaml --instance 1       metrics at port 6967
-
+"""
+EXIT_CODES = """
 \b
 Exit codes:
   0   the job is finished, or the worker was told to stop
@@ -40,7 +43,7 @@ Exit codes:
 """
 
 
-@click.command(epilog=EXAMPLES)
+@click.command(epilog=EXAMPLES + launch.COMMON_HELP + EXIT_CODES)
 @launch.common_options
 @launch.both_spellings(
     "--trainer", help="Who trains, as module:Class; looked for in the current directory first."
@@ -70,7 +73,7 @@ def main(**options: Any) -> None:
     """
     sys.path.insert(0, "")  # a trainer's module is looked for in the current directory first
     workers: list[Worker] = []
-    code = launch.run("fl-workerd", lambda reactor: build(options, reactor, workers))
+    code = launch.run("fl-workerd", lambda reactor, notifier: build(options, reactor, notifier, workers))
     sys.stdout.flush()
     sys.stderr.flush()
     if workers and workers[0].training:
@@ -80,14 +83,17 @@ def main(**options: Any) -> None:
     sys.exit(code)
 
 
-def build(options: dict[str, Any], reactor: Any, built: list[Worker]) -> launch.Daemon | None:
+def build(
+    options: dict[str, Any], reactor: Any, notifier: Notifier, built: list[Worker]
+) -> launch.Daemon | None:
     """Build the worker from its command line, and add it to ``built``.
 
     Raises:
         ConfigError: the configuration cannot be used.
     """
     path: Path = options["yaml_config"]
-    settings = launch.configure(path, Role.WORKER)
+    configuration = Configuration.read(path, Role.WORKER)
+    settings = configuration.settings
     own = settings.fedcore.worker
     admin = address_of_instance(own.admin_address, options["instance"])
     if options["admin_address"]:
@@ -107,16 +113,21 @@ def build(options: dict[str, Any], reactor: Any, built: list[Worker]) -> launch.
     if options["check_config"]:
         click.echo(f"{path}: the configuration is good")
         return None
+    notifier.extend(TRAINER_S)
     trainer = load_trainer(trainer_path, told, device)
-    worker = Worker(settings, frequency, trainer, redis, metrics, reactor, _tell_systemd)
+    doing = _Doing()
+    worker = Worker(settings, frequency, trainer, redis, metrics, reactor, doing.tell)
     if settings.enable_ssl:
         launch.log.warn(
             "enable_ssl does not cover the node channel in this version: keep its port inside the subnet"
         )
     readiness = Readiness(worker.checks())
     daemon = launch.Daemon(
+        configuration,
         [launch.Listener("admin", admin, admin_site(readiness, metrics))],
         worker.services,
+        status=lambda: readiness.status(doing.text),
+        follow=doing.follow,
     )
 
     def end(fault: FedcoreError | None) -> None:
@@ -138,6 +149,16 @@ def build(options: dict[str, Any], reactor: Any, built: list[Worker]) -> launch.
     return daemon
 
 
-def _tell_systemd(status: str) -> None:
-    with contextlib.suppress(OSError):  # it has said READY there, so this is no fault of the set-up
-        sd_notify.notify(os.environ.get("NOTIFY_SOCKET"), f"STATUS={status}", "WATCHDOG=1")
+class _Doing:
+    """What the worker has said last that it is about."""
+
+    def __init__(self) -> None:
+        self.text = "starting"
+        self._changed: Callable[[], None] = lambda: None
+
+    def tell(self, text: str) -> None:
+        self.text = text
+        self._changed()
+
+    def follow(self, changed: Callable[[], None]) -> None:
+        self._changed = changed

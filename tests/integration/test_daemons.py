@@ -47,6 +47,8 @@ class TestCommandLine:
         text = run(cluster, daemon, "--help").stdout
         assert "Examples:" in text
         assert "--yaml-config, --yaml_config" in text
+        assert "server-password, client-password, redis-password or sentinel-password" in text
+        assert "SIGHUP " in text and "  78  the configuration cannot be used" in text
 
     def test_version(self, cluster: Cluster, daemon: str) -> None:
         assert run(cluster, daemon, "--version").stdout.strip().endswith(__version__)
@@ -57,6 +59,12 @@ class TestCommandLine:
         assert (done.returncode, done.stdout) == (0, f"{cluster.yaml}: the configuration is good\n"), (
             done.stderr
         )
+
+    def test_a_check_leaves_nothing_behind(self, cluster: Cluster, daemon: str) -> None:
+        """Root may check what another user is to run."""
+        before = sorted(cluster.directory.rglob("*"))
+        assert run(cluster, daemon, "--yaml-config", str(cluster.yaml), "--check-config").returncode == 0
+        assert sorted(cluster.directory.rglob("*")) == before
 
     def test_a_missing_file_exits_with_78(self, cluster: Cluster, daemon: str) -> None:
         done = run(cluster, daemon, "--yaml-config", "nowhere.yaml")
@@ -117,18 +125,6 @@ class TestServerOptions:
         cluster.http += 3
         cluster.start_server("--instance", "3")
         assert cluster.start("one").retcode == 200
-
-
-class TestNotice:
-    def test_systemd_hears_of_start_and_stop(self, cluster: Cluster) -> None:
-        path = cluster.directory / "notify"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
-            notices.bind(str(path))
-            notices.settimeout(20)
-            cluster.start_server(ready=False, env={"NOTIFY_SOCKET": str(path)})
-            assert notices.recv(1000) == b"READY=1"  # also without Redis
-            cluster.kill("server", 15)
-            assert notices.recv(1000) == b"STOPPING=1"
 
 
 class TestLog:

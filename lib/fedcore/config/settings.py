@@ -458,7 +458,8 @@ class RedisSettings:
     username: str = option("", "ACL user at Redis, empty for the default user.")
     password_file: str = option(
         "",
-        "File whose first line is the password at Redis; only its owner should be able to read it.",
+        "File whose first line is the password at Redis; only its owner should be able to read it. Empty: systemd's "
+        "credential redis-password.",
     )
     database: int = option(0, "Number of the database.", limits=Limits(0, 65535))
     sentinels: tuple[Address, ...] = option(
@@ -469,7 +470,10 @@ class RedisSettings:
     )
     sentinel_master: str = option("fl", "Name under which the Sentinels know our Redis.")
     sentinel_username: str = option("", "ACL user at the Sentinels, empty for the default user.")
-    sentinel_password_file: str = option("", "File whose first line is the password at the Sentinels.")
+    sentinel_password_file: str = option(
+        "",
+        "File whose first line is the password at the Sentinels; empty: systemd's credential sentinel-password.",
+    )
     tls: RedisTls = option(
         RedisTls.AUTO,
         "Encrypt the link to Redis and the Sentinels, with the files of distributed_cache; auto: as enable_ssl. A "

@@ -120,7 +120,10 @@ def create_file(
         os.close(descriptor)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             needed = sum(length for _, length in spans) or size
-            raise NoSpace(f"the update ledger needs {needed} bytes at {directory}") from error
+            raise NoSpace(
+                f"the update ledger needs {needed} bytes at {directory}",
+                hint="free or add space there; it goes on by itself when there is room",
+            ) from error
         raise
 
 

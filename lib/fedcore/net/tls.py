@@ -155,12 +155,14 @@ def listening_context(
     Raises:
         ConfigError: the file, its password, its dates or the cipher list cannot be used.
     """
-    if not p12.is_file():
-        raise ConfigError(f"The file path of server_cert_path {p12} is not exist.")
+    content = _content(p12)
     if not password:
-        raise ConfigError("The client password's value is empty.", hint="give --server-password-file")
+        raise ConfigError(
+            "The client password's value is empty.",
+            hint="give --server-password-file, or the credential server-password",
+        )
     try:
-        key, certificate, chain = pkcs12.load_key_and_certificates(p12.read_bytes(), password)
+        key, certificate, chain = pkcs12.load_key_and_certificates(content, password)
     except ValueError as error:
         raise ConfigError("PKCS12_parse failed.", hint=f"{p12}: wrong password or no PKCS#12 file") from error
     if certificate is None:
@@ -169,7 +171,9 @@ def listening_context(
         raise ConfigError("the key is nullptr", hint=f"{p12} holds no private key")
     if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
         dates = f"{certificate.not_valid_before_utc} to {certificate.not_valid_after_utc}"
-        raise ConfigError("Verify Cert Time failed.", hint=f"{p12} is valid from {dates}")
+        raise ConfigError(
+            "Verify Cert Time failed.", hint=f"{p12} is valid from {dates}: renew it, or set the clock"
+        )
     return ssl.CertificateOptions(
         privateKey=crypto.PKey.from_cryptography_key(key),  # type: ignore[arg-type]
         certificate=crypto.X509.from_cryptography(certificate),
@@ -177,6 +181,20 @@ def listening_context(
         raiseMinimumTo=ssl.TLSVersion.TLSv1_2,
         acceptableCiphers=ssl.AcceptableCiphers.fromOpenSSLCipherString(_allowed(cipher_list, warn)),
     )
+
+
+def _content(p12: Path) -> bytes:
+    try:
+        return p12.read_bytes()
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"The file path of server_cert_path {p12} is not exist.", hint="set ssl.server_cert_path"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {p12}: {error.strerror}",
+            hint="let ssl.server_cert_path name a file that the daemon's user may read",
+        ) from error
 
 
 def _allowed(cipher_list: str, warn: Callable[[str], None]) -> str:

@@ -1,12 +1,16 @@
-"""Logs: JSON lines for machines, short lines for a terminal.
+"""Logs: JSON lines for machines, short lines for a terminal and for systemd's journal.
 
-Every record is a constant sentence plus fields; fields stay fields in JSON. Nothing here knows secrets: modules
-never log weights, keys, shares, passwords or client ids.
+Every record is a constant sentence plus fields; fields stay fields in JSON. The journal knows time, unit and process
+by itself; it is given the priority, the sentence and the fields that the sentence does not show. Nothing here knows
+secrets: modules never log weights, keys, shares, passwords or client ids.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -23,23 +27,58 @@ from zope.interface import implementer
 
 _PLAIN = (str, int, float, bool, type(None))
 _OWN = {"format", "text", "message", "time", "system", "isError", "level", "namespace"}
+_NAMED = re.compile(r"\{(\w+)")  # fields that a sentence shows
+_PRIORITIES = {"debug": 7, "info": 6, "warn": 4, "error": 3, "critical": 2}  # of syslog(3)
 
 
-def start_logging(stream: TextIO, level: str) -> None:
-    """Send the log to a stream, as JSON lines or, on a terminal, as text.
+class Log:
+    """The log of a process; how much of it is shown may be changed."""
+
+    def __init__(self, level: str) -> None:
+        self.filter: Any = LogLevelFilterPredicate()
+        self.show(level)
+        # each attempt to reconnect; Twisted's own "starting on", "connection made"
+        for noisy in ("twisted.application.internet", "log_legacy"):
+            self.filter.setLogLevelForNamespace(noisy, LogLevel.warn)
+
+    def show(self, level: str) -> None:
+        """Show records of a level and above: debug, info, warn or error."""
+        self.filter.setLogLevelForNamespace("", LogLevel.levelWithName(level))
+
+
+def start_logging(stream: TextIO, level: str) -> Log:
+    """Send the log to a stream: to the journal in its form, to a terminal as text, else as JSON lines.
 
     Args:
         stream: usually standard error.
         level: debug, info, warn or error; lower records are dropped.
     """
-    observer: Any = ConsoleObserver(stream) if stream.isatty() else JsonObserver(stream)
-    lowest: Any = LogLevelFilterPredicate(defaultLogLevel=LogLevel.levelWithName(level))
-    lowest.setLogLevelForNamespace("twisted.application.internet", LogLevel.warn)  # each attempt to reconnect
-    lowest.setLogLevelForNamespace(
-        "log_legacy", LogLevel.warn
-    )  # Twisted's own "starting on", "connection made"
-    filtered: Any = FilteringLogObserver(observer, [lowest])
+    its_log = Log(level)
+    filtered: Any = FilteringLogObserver(_observer(stream), [its_log.filter])
     globalLogBeginner.beginLoggingTo([filtered], redirectStandardIO=False)
+    return its_log
+
+
+def is_journal(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether a stream leads to systemd's journal: $JOURNAL_STREAM is its device and inode (systemd.exec(5))."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def complain(stream: TextIO, text: str) -> None:
+    """Write an error that is no record, such as why a daemon does not start."""
+    if is_journal(stream):
+        text = _journal_lines("error", text)
+    print(text, file=stream, flush=True)
+
+
+def _observer(stream: TextIO) -> Any:
+    if is_journal(stream):
+        return JournalObserver(stream)
+    return ConsoleObserver(stream) if stream.isatty() else JsonObserver(stream)
 
 
 def _fields(event: LogEvent) -> dict[str, object]:
@@ -86,3 +125,25 @@ class ConsoleObserver:
         mark = "" if level == "info" else f"{level.upper()}: "
         self._stream.write(f"{time} {mark}{formatEvent(event)}\n{_traceback(event)}")
         self._stream.flush()
+
+
+@implementer(ILogObserver)
+class JournalObserver:
+    """Priority and sentence on one line, then the fields that the sentence does not name (sd-daemon(3))."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __call__(self, event: LogEvent) -> None:
+        sentence = event.get("log_format") or ""
+        shown = _NAMED.findall(sentence)
+        others = {name: value for name, value in _fields(event).items() if name not in shown}
+        words = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in others.items()]
+        text = f"{formatEvent(event)} [{', '.join(words)}]" if words else formatEvent(event)
+        lines = _journal_lines(event["log_level"].name, f"{text}\n{_traceback(event)}")
+        self._stream.write(lines + "\n")
+        self._stream.flush()
+
+
+def _journal_lines(level: str, text: str) -> str:
+    return "\n".join(f"<{_PRIORITIES[level]}>{line}" for line in text.splitlines())

@@ -541,7 +541,8 @@ class IterationDriver(Service):
 
     def _failed(self, failure: Any) -> None:
         if failure.check(StoreError):
-            self.log.warn("the shared state is out of reach: {error}", error=failure.value)
+            if self.running:  # else the connection was closed on purpose
+                self.log.warn("the shared state is out of reach: {error}", error=failure.value)
         elif failure.check(FedcoreError, OSError):
             self.log.error(
                 "iteration {iteration}: {error}", iteration=self.iteration.number, error=failure.value

@@ -9,6 +9,7 @@ ledgers; and where both hosts have the sum, they are the same bytes under the sa
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,14 @@ from fedcore.wire.messages import RequestUpdateModel
 
 MOST_CLIENTS = 1 << 20  # that a partial of another host may list, more than any iteration has
 _QUARANTINE = ".damaged"
+_TO_THE_USER = "give the folder to the daemon's user, or let fedcore.server.ledger_dir name another one"
+_REMEDIES = {
+    errno.EACCES: _TO_THE_USER,
+    errno.EPERM: _TO_THE_USER,
+    errno.ENOSPC: "free or add space there; it goes on by itself when there is room",
+    errno.EROFS: "mount it writable, or let fedcore.server.ledger_dir name another folder",
+    errno.ENOMEM: "lower fedcore.ledger.memory_budget, or give the daemon more memory",
+}
 
 
 class Whereabouts(StrEnum):
@@ -136,12 +145,18 @@ class Ledgers:
                 raise
             self._file = file
         except (FedcoreError, OSError) as error:
-            if self.problem != str(error):
-                self.log.error("there is no update ledger: {problem}", problem=str(error))
-            self.problem = str(error)
+            problem = self._explained(error) if isinstance(error, OSError) else str(error)
+            if self.problem != problem:
+                self.log.error("there is no update ledger: {problem}", problem=problem)
+            self.problem = problem
             return False
         self.problem = ""
         return True
+
+    def _explained(self, error: OSError) -> str:
+        remedy = _REMEDIES.get(error.errno or 0, "fedcore.server.ledger_dir may name another folder")
+        why = error.strerror or str(error)
+        return f"the update ledger cannot be made at {self._directory}: {why} ({remedy})"
 
     def _tidy(self) -> None:
         """Remove files whose makers died before they were finished."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 import time
@@ -19,6 +20,8 @@ from fedcore.aggregation.arithmetic import Arithmetic, choose
 from fedcore.aggregation.rules import rule_named
 from fedcore.config import Address, Settings
 from fedcore.config.settings import ServerMode, SumDevice
+from fedcore.core.iteration import Iteration, Policy
+from fedcore.core.job import RunningState
 from fedcore.errors import ConfigError
 from fedcore.models import checkpoints
 from fedcore.models.formats import ModelFile, read_model
@@ -44,6 +47,7 @@ from fedcore.services.peers import Peers
 from fedcore.services.publication import Publication
 from fedcore.services.reduction import Reduction
 from fedcore.services.reporting import Reporter
+from fedcore.services.supervision import WatchedThreads, longest_work
 from fedcore.services.terms import ledger_shape, update_limit
 from fedcore.services.update_intake import UpdateIntake
 from fedcore.services.worker_rounds import WorkerRounds, worker_routes
@@ -85,9 +89,12 @@ class Server:
         node_address: where it is to listen.
         driver: drives the iterations; it tells when the server shall end.
         services: to be started in this order.
+        threads: where merges and sums are done; it tells whether they come back.
+        leaving: what of its end the server is about, "" before that.
     """
 
     log = Logger()
+    leaving = ""
 
     def __init__(
         self,
@@ -119,12 +126,10 @@ class Server:
         longest = max(MAX_DATA, update_limit(layout), template.size + (1 << 20))
         self._client = NodeClient(node_id, max_data=longest, jitter=random.random, reactor=reactor)
         peers = Peers(self._client)
+        shape = ledger_shape(settings, layout)
+        self.threads = threads = WatchedThreads(reactor, longest_work(shape.size))
         self._ledgers = ledgers = Ledgers(
-            options.ledger_dir,
-            layout,
-            ledger_shape(settings, layout),
-            settings.fedcore.ledger.fsync,
-            reactor,
+            options.ledger_dir, layout, shape, settings.fedcore.ledger.fsync, threads
         )
         evaluation = evaluation_of(settings, reactor)
         self._intake = intake = UpdateIntake(
@@ -133,7 +138,7 @@ class Server:
             node_id,
             layout.total_floats,
             device.hold_time,
-            reactor,
+            threads,
             0 if evaluation is None else evaluation.clients,
         )
         publication = Publication(
@@ -142,7 +147,7 @@ class Server:
         journal = Journal(Path(settings.summary.failure_event_file), str(address), datetime.now)
         reporter = Reporter(metrics, journal, settings.summary.continuous_failure_times, evaluation)
         computing = self._arithmetic(settings.fedcore.aggregation.device)
-        reduction = Reduction(node_id, ledgers, intake, peers, template, reactor, computing)
+        reduction = Reduction(node_id, ledgers, intake, peers, template, threads, computing)
         parts = Parts(
             redis,
             ledgers,
@@ -158,12 +163,16 @@ class Server:
         self.driver = driver = IterationDriver(node_id, settings, parts, lambda: "i_" + _stamp(), reactor)
         self._departure = Departure(driver, parts)
         reporter.on_iteration_end.append(callback.on_iteration_end)
+        self._on_iteration_end = reporter.on_iteration_end
         self._api = ClientApi(settings, layout, driver, intake, metrics, reactor, _now_ms, random.random)
         self._heartbeat = heartbeat = Heartbeat(
             lambda: driver.cluster, "server", node_id, str(address), reactor
         )
         driver.on_join.append(heartbeat.beat)
-        driver.on_terms.append(reduction.follow_terms)
+        driver.on_terms += [
+            reduction.follow_terms,
+            lambda terms: self._measure(ledger_shape(terms, layout).size),
+        ]
         prefix, allowed = settings.client.http_url_prefix, Networks(settings.fedcore.node.allow)
         workers: WorkerRounds | None = None
         private: dict[bytes, Route] = {}
@@ -211,7 +220,7 @@ class Server:
     def checks(self) -> dict[str, Callable[[], str | None]]:
         """Return what must hold for the server to be ready."""
         return {
-            "redis": lambda: None if self._redis.available else "no connection to Redis",
+            "redis": lambda: self._redis.problem or None,
             "job": lambda: None if self.driver.cluster is not None else "not joined to the job yet",
             "membership": lambda: None if self._heartbeat.registered else "not on the list of servers yet",
             "ledger": lambda: self._ledgers.problem or None,
@@ -221,6 +230,21 @@ class Server:
             "stopping": lambda: "the server is stopping" if self._api.stopping else None,
         }
 
+    def doing(self) -> str:
+        """Return what the server is about, in a few words."""
+        if self.driver.cluster is None:
+            return f"joining job {self.driver.settings.fl_name}"
+        return course_of(self.driver.iteration, self.driver.policy)
+
+    def follow(self, changed: Callable[[], None]) -> None:
+        """Have a function called when the server may be about something else, or may have become ready or not."""
+        self._redis.on_change.append(lambda available: changed())
+        self.driver.on_join.append(changed)
+        self._on_iteration_end.append(lambda end: changed())
+
+    def _measure(self, ledger: int) -> None:
+        self.threads.longest = longest_work(ledger)
+
     def started(self) -> None:
         """Tell the callback that the server listens."""
         self._callback.after_started()
@@ -229,12 +253,14 @@ class Server:
         """Stop taking requests, let those in flight finish, and leave the updates in good hands."""
         self._callback.before_stopped()
         self.site.stop()
+        self.leaving = "stopping: waiting for requests in flight"
         limit = self._reactor.seconds() + DRAIN_TIMEOUT_S
         while self.site.connections and self._reactor.seconds() < limit:
             pause: defer.Deferred[None] = defer.Deferred()
             self._reactor.callLater(_POLL_S, pause.callback, None)
             await pause
         self._api.stopping = True
+        self.leaving = "stopping: handing over updates"
         handed_over = defer.Deferred.fromCoroutine(self._departure.hand_over())
         handed_over.addTimeout(DRAIN_TIMEOUT_S, self._reactor)
         with contextlib.suppress(defer.TimeoutError):
@@ -242,6 +268,46 @@ class Server:
         self._ledgers.close()
         await self._departure.release()
         await self.node_listener.stop(NODE_GRACE_S)
+
+
+def course_of(now: Iteration, policy: Policy) -> str:
+    """Return where an iteration is, in a few words."""
+    last = policy.last_iteration
+    if now.running is RunningState.FINISH or now.number > last:
+        return f"finished: all {last} iterations are done"
+    where = f"iteration {now.number} of {last}"
+    if now.running is not RunningState.RUNNING:
+        return f"{where}, disabled"
+    again = f", attempt {now.attempt}" if now.attempt > 1 else ""
+    return f"{where}{again}, {now.phase}, {now.uploaded} of {policy.update_threshold} updates"
+
+
+def size_of_models(fl_name: str, options: ServerOptions) -> int:
+    """Return the bytes that may have to be read to find a server's model."""
+    paths = [] if options.model is None else [options.model]
+    with contextlib.suppress(OSError):
+        paths += [path for path in options.checkpoint_dir.iterdir() if path.name.startswith(fl_name)]
+    total = 0
+    for path in paths:
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size
+    return total
+
+
+def check_writable(folder: Path) -> None:
+    """Make sure that models can be kept in a folder, which may be missing yet.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    if not os.path.isdir(there):
+        raise ConfigError(f"checkpoints cannot be written to {folder}", hint=f"{there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"checkpoints cannot be written to {folder}",
+            hint=f"give {there} to the daemon's user, or let fedcore.server.checkpoint_dir name another folder",
+        )
 
 
 def _find_model(fl_name: str, options: ServerOptions) -> tuple[int, ModelFile]:
@@ -259,7 +325,7 @@ def _find_model(fl_name: str, options: ServerOptions) -> tuple[int, ModelFile]:
     if initial is None:
         raise ConfigError(
             f"there is no model to serve: no checkpoint of {fl_name} in {options.checkpoint_dir}",
-            hint="give the initial weights with --model FILE",
+            hint="give the initial weights with --model FILE or fedcore.server.model",
         )
     return 0, initial
 

@@ -191,7 +191,7 @@ class Worker(Service):
     def checks(self) -> dict[str, Callable[[], str | None]]:
         """Return what must hold for the worker to be ready."""
         return {
-            "redis": lambda: None if self._redis.available else "no connection to Redis",
+            "redis": lambda: self._redis.problem or None,
             "membership": lambda: None if self.registration.registered else "not on the list of workers yet",
             "servers": lambda: self._client.problem or None,
         }

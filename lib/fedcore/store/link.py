@@ -47,10 +47,11 @@ RIGHTS = (
 # Redis 6 wraps what a script was told: "Error running script (call to f_...): ...: -READONLY You can't ...".
 _NOT_HERE = re.compile(r"(?:^|: -)(READONLY|LOADING|MASTERDOWN|NOAUTH|NOREPLICAS|BUSY|UNBLOCKED)\b")
 _REMEDIES = {
-    "WRONGPASS": "check fedcore.redis.username and the first line of fedcore.redis.password_file",
-    "NOAUTH": "Redis asks for a password: give fedcore.redis.password_file",
+    "WRONGPASS": "check fedcore.redis.username and the first line of fedcore.redis.password_file, or of the credential "
+    "redis-password; a new start reads it",
+    "NOAUTH": "Redis asks for a password: give fedcore.redis.password_file or the credential redis-password",
     "NOPERM": f"the user lacks a right, it needs: {RIGHTS}",
-    "AUTH": "if Redis has no password, remove fedcore.redis.username and password_file",
+    "AUTH": "if Redis has no password, remove fedcore.redis.username and password_file, or the credential",
     "SELECT": "fedcore.redis.database must be below `databases` of Redis' configuration",
 }
 _TLS_REMEDY = (
@@ -211,6 +212,8 @@ class Link:
         connection: the one in use, None while there is none.
         standing: what its Redis said of itself at first; that of the last one while there is none.
         running: between ``start`` and ``stop``.
+        refusal: what the Redis that answered last had against us, and the remedy; "" if there is a connection, or
+            nobody answers.
     """
 
     log = Logger()
@@ -243,6 +246,7 @@ class Link:
         self.connection: Any = None
         self.standing = Standing("", 0)
         self.running = False
+        self.refusal = ""
         self._endpoint: Any = endpoint
         self._name = name
         self._access = access
@@ -338,7 +342,7 @@ class Link:
             "connected to Redis at {address}", address=self._name, peer=str(peer), run_id=standing.run_id
         )
         self.connection, self.standing = connection, standing
-        self._failures, self._refused, self._last_problem = 0, False, ""
+        self._failures, self._refused, self._last_problem, self.refusal = 0, False, "", ""
         self._tell(True)
 
     def _leave(self, connection: Any) -> None:
@@ -379,6 +383,7 @@ class Link:
         self._failures += 1
         self._refused = isinstance(problem, NotServing)
         text = str(problem)
+        self.refusal = text if self._refused else ""
         if text != self._last_problem or self._failures == 10 or self._failures % 60 == 0:
             lasting = isinstance(problem, NotServing) and problem.lasting
             self.log.emit(

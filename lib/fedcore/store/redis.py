@@ -135,6 +135,14 @@ class Redis(Service):
         return self._link.connection is not None
 
     @property
+    def problem(self) -> str:
+        """Why the connection does not stand; "" if it does."""
+        if self.available:
+            return ""
+        refusal = self._link.refusal
+        return f"Redis refuses us: {refusal}" if refusal else "no connection to Redis"
+
+    @property
     def run_id(self) -> str:
         """The run id of the process that the connection leads to, or led to last; "" before the first one.
 

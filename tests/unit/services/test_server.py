@@ -1,0 +1,54 @@
+"""What a server says of itself, and what it looks at before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedcore.core.iteration import Iteration, Phase, Policy
+from fedcore.core.job import RunningState
+from fedcore.errors import ConfigError
+from fedcore.services.server import ServerOptions, check_writable, course_of, size_of_models
+
+POLICY = Policy(10, 8, 1.0, 1.0, 1.0, last_iteration=20)
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        (Iteration(7, uploaded=3), "iteration 7 of 20, collecting, 3 of 8 updates"),
+        (
+            Iteration(7, 2, Phase.REDUCING, uploaded=8),
+            "iteration 7 of 20, attempt 2, reducing, 8 of 8 updates",
+        ),
+        (Iteration(20, phase=Phase.TRAINING, uploaded=8), "iteration 20 of 20, training, 8 of 8 updates"),
+        (Iteration(7, running=RunningState.DISABLE), "iteration 7 of 20, disabled"),
+        (Iteration(7, running=RunningState.FINISH), "finished: all 20 iterations are done"),
+        (Iteration(21), "finished: all 20 iterations are done"),
+    ],
+)
+def test_where_an_iteration_is(now: Iteration, words: str) -> None:
+    assert course_of(now, POLICY) == words
+
+
+def test_checkpoints_may_go_where_there_is_no_folder_yet(tmp_path: Path) -> None:
+    check_writable(tmp_path)
+    check_writable(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_way_of_checkpoints_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with pytest.raises(ConfigError, match="a is no folder"):
+        check_writable(tmp_path / "a" / "b")
+
+
+def test_what_may_have_to_be_read_is_measured(tmp_path: Path) -> None:
+    folder, model = tmp_path / "checkpoints", tmp_path / "model.npz"
+    assert size_of_models("job", ServerOptions(folder, None, folder, "", 0)) == 0
+    assert size_of_models("job", ServerOptions(folder, model, folder, "", 0)) == 0
+    folder.mkdir()
+    for path, size in ((model, 1), (folder / "job_1", 2), (folder / "job_2", 4), (folder / "other_1", 8)):
+        path.write_bytes(b"x" * size)
+    assert size_of_models("job", ServerOptions(folder, model, folder, "", 0)) == 7
