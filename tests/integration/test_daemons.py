@@ -244,12 +244,18 @@ class TestTls:
         return cluster
 
     @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-    def test_both_listeners_speak_it(self, secured: Cluster, version: ssl.TLSVersion) -> None:
+    @pytest.mark.parametrize("offered", [[], ["h2", "http/1.1"]], ids=["no ALPN", "ALPN"])
+    def test_both_listeners_speak_it(
+        self, secured: Cluster, version: ssl.TLSVersion, offered: list[str]
+    ) -> None:
+        """Old devices offer HTTP/2 as well: that is for their HTTP library to do without."""
         secured.start_server("--server-password-file", "password")
         secured.start_scheduler("--server_password_file", "password")
         assert "these suites of ssl.cipher_list are not used: DHE-RSA-AES256-SHA" in secured.log()
         context = ssl.create_default_context(cafile=secured.directory / "ca.crt")
         context.minimum_version = context.maximum_version = version
+        if offered:
+            context.set_alpn_protocols(offered)
         url = f"https://localhost:{secured.manage}/state"
         with urllib.request.urlopen(url, context=context, timeout=10) as answer:
             assert json.load(answer)["cluster_state"] == "CLUSTER_READY"

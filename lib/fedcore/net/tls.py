@@ -180,6 +180,8 @@ def listening_context(
         extraCertChain=[crypto.X509.from_cryptography(extra) for extra in chain],
         raiseMinimumTo=ssl.TLSVersion.TLSv1_2,
         acceptableCiphers=ssl.AcceptableCiphers.fromOpenSSLCipherString(_allowed(cipher_list, warn)),
+        # Without a choice of our own Twisted refuses whoever offers protocols by ALPN, as old devices' OkHttp does.
+        acceptableProtocols=[b"http/1.1"],
     )
 
 
