@@ -6,6 +6,7 @@
     python bench/cluster_load.py --servers 1,2 --roam              each client goes to another server with each request
     python bench/cluster_load.py --servers 1,2,4 --in-turn         one server works at a time
     python bench/cluster_load.py --fsync --json result.json
+    python bench/cluster_load.py --tls --reconnect                 HTTPS, a new connection for each request
 
 Redis and all fl-serverd run as processes of their own on this machine, one YAML for all servers. Trust ratios and CPU
 seconds. Each phase (startFLJob, updateModel, getModel) is a burst of all clients, ``--concurrency`` requests under way
@@ -25,6 +26,7 @@ import json
 import os
 import shlex
 import socket
+import ssl
 import statistics
 import struct
 import tempfile
@@ -34,11 +36,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, pkcs12
+from cryptography.x509.oid import NameOID
 
 from fedcore.models.formats import write_model
 from fedcore.wire import codec
@@ -68,6 +76,9 @@ NAME = "client-######"  # and this for the client
 SHIFTS, SIZES = 5, 23  # uploads differ in what is added to the weights and in the data size
 WARM_UP = 1
 PATIENCE_S = 120
+KEY_BITS = 3072  # RSA, as the playbooks make them
+PASSWORD = "bench"
+CIPHERS = "ECDHE-RSA-AES128-GCM-SHA256"  # TLS 1.2; 1.3 chooses by itself
 POLL_S = 0.001  # between two questions for a model that is not there yet
 PHASES = ("start", "update", "end", "get")
 
@@ -99,6 +110,22 @@ def consecutive_ports(count: int) -> Iterator[int]:
             break
     with reserved:
         yield first
+
+
+def tls_settings(directory: Path) -> dict[str, Any]:
+    """Make key and certificate of the servers; return the settings that name them."""
+    key = rsa.generate_private_key(65537, KEY_BITS)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "bench")])
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    dated = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    signed = dated.sign(key, hashes.SHA256())
+    encryption = BestAvailableEncryption(PASSWORD.encode())
+    p12 = directory / "server.p12"
+    p12.write_bytes(pkcs12.serialize_key_and_certificates(b"bench", key, signed, None, encryption))
+    (directory / "password").write_text(PASSWORD)
+    paths = dict.fromkeys(("server_cert_path", "client_cert_path", "ca_cert_path"), str(p12))
+    return {"enable_ssl": True, "ssl": {**paths, "cipher_list": CIPHERS}}
 
 
 @contextmanager
@@ -133,8 +160,11 @@ def cluster(
                         "ledger_dir": arguments.ledger_dir or str(directory / "ledgers"),
                     },
                     "ledger": {"fsync": arguments.fsync},
+                    "redis": {"tls": "off"},
                 },
             }
+            if arguments.tls:
+                settings |= tls_settings(directory)
             (directory / "fl.yaml").write_text(yaml.safe_dump(settings))
             zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
             write_model(directory / "model.safetensors", zeros, set(), {})
@@ -142,6 +172,8 @@ def cluster(
             redis.start()
             command = [*shlex.split(arguments.under), *program("fl-serverd")]
             command += ["--yaml-config", str(directory / "fl.yaml")]
+            if arguments.tls:
+                command += ["--server-password-file", str(directory / "password")]
             command += ["--model", str(directory / "model.safetensors"), "--instance"]
             servers = [family.start(f"serverd-{i}", [*command, str(i)]) for i in range(count)]
             for i, server in enumerate(servers):
@@ -208,21 +240,28 @@ def spent(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 
 
 class Device:
-    """One connection."""
+    """One connection; without TLS, or with TLS whose certificate is not looked at."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, tls: bool = False) -> None:
         self._socket = socket.create_connection((HOST, port))
         patience = struct.pack("ll", PATIENCE_S, 0)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            self._socket = context.wrap_socket(self._socket)
 
     def post(self, path: str, *body: bytes | memoryview) -> bytes | bytearray:
         """Send a request whose body is in pieces; return the answer's body."""
         length = sum(map(len, body))
         head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Length: {length}\r\n\r\n".encode()
-        sent = self._socket.sendmsg([head, *body])
-        assert sent == len(head) + length, "the server has stopped reading"
+        if isinstance(self._socket, ssl.SSLSocket):
+            self._socket.sendall(b"".join((head, *body)))
+        else:
+            sent = self._socket.sendmsg([head, *body])
+            assert sent == len(head) + length, "the server has stopped reading"
         return self._answer()
 
     def _answer(self) -> bytes | bytearray:
@@ -239,7 +278,11 @@ class Device:
         body = bytearray(length)
         body[: len(begun)] = begun
         rest = memoryview(body)[len(begun) :]
-        assert self._socket.recv_into(rest, len(rest), socket.MSG_WAITALL) == len(rest)
+        wait = 0 if isinstance(self._socket, ssl.SSLSocket) else socket.MSG_WAITALL
+        while len(rest):
+            read = self._socket.recv_into(rest, len(rest), wait)
+            assert read, "the server has hung up"
+            rest = rest[read:]
         return body
 
     def close(self) -> None:
@@ -303,6 +346,7 @@ class Crowd:
         self._ports = cluster.ports
         self._meter = Meter(cluster)
         self._roam, self._in_turn = arguments.roam, arguments.in_turn
+        self._tls, self._reconnect = arguments.tls, arguments.reconnect
         self._pool = ThreadPoolExecutor(max(arguments.concurrency, len(cluster.ports)))
         self._local = threading.local()
         self._devices: list[Device] = []
@@ -322,9 +366,12 @@ class Crowd:
 
     def _device_at(self, server: int) -> Device:
         mine: dict[int, Device] = self._local.__dict__.setdefault("devices", {})
+        if self._reconnect and server in mine:
+            mine.pop(server).close()
         if server not in mine:
-            mine[server] = Device(self._ports[server])
-            self._devices.append(mine[server])
+            mine[server] = Device(self._ports[server], self._tls)
+            if not self._reconnect:
+                self._devices.append(mine[server])
         return mine[server]
 
     def _burst(self, one: Callable[[int], None]) -> tuple[float, list[float]]:
@@ -540,6 +587,8 @@ def main() -> None:
     parser.add_argument(
         "--fsync", action="store_true", help="updates reach the disk before they are answered"
     )
+    parser.add_argument("--tls", action="store_true", help=f"HTTPS with an RSA key of {KEY_BITS} bits")
+    parser.add_argument("--reconnect", action="store_true", help="a new connection for each request")
     parser.add_argument("--ledger-dir", help="e.g. a folder on tmpfs (default: a temporary one)")
     parser.add_argument("--under", default="", help="command that runs fl-serverd, e.g. 'chrt --batch 0'")
     parser.add_argument("--json", type=Path, help="write the figures")
