@@ -1570,10 +1570,12 @@ class Server:
         own = await self.seal(number, attempt)
         here = [*self.adopted.values(), *([] if own is None else [own])]
         held = [partial for partial in here if partial.ledger_id in counted]
-        if not held or any(self.world.host_of(peer) == self.host for peer in await self.refresh_others()):
+        if not held:
             return
         self.closed_here = (instance, number, attempt), held
-        for peer in await self.refresh_others():
+        for peer in sorted(
+            await self.refresh_others(), key=lambda peer: self.world.host_of(peer) != self.host
+        ):
             for partial in list(held):
                 try:
                     await self.call(

@@ -1,12 +1,13 @@
 """A clean stop: what this server holds of the current iteration goes to whoever goes on with it.
 
-A sibling adopts the files of this host; otherwise a server of another host reads the sums and keeps them. What nobody
-takes stays on this host for the next server that starts here.
+A server of this host, or else one of another host, reads the sums and keeps them. Nobody of this host is relied on to
+adopt the files: it may be about to stop as well. What nobody takes stays here for the next server that starts here.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 from twisted.logger import Logger
 
@@ -36,10 +37,10 @@ class Departure:
             if await self._gave_model():
                 return
             held = await self._held_updates(cluster)
-            if not held.partials or await self._has_sibling():
+            if not held.partials:
                 return
             self._driver.stopping = held
-            for peer in await self._driver.refresh_others():
+            for peer in self._nearest_first(await self._driver.refresh_others()):
                 if await self._gave(peer, held):
                     return
         except FedcoreError as error:
@@ -75,10 +76,8 @@ class Departure:
         counting = [partial for partial in here if partial.ledger_id in counted]
         return Closed((cluster.keys.instance, number, attempt), counting)
 
-    async def _has_sibling(self) -> bool:
-        return any(
-            host_of(peer) == host_of(self._driver.node_id) for peer in await self._driver.refresh_others()
-        )
+    def _nearest_first(self, peers: Sequence[str]) -> list[str]:
+        return sorted(peers, key=lambda peer: host_of(peer) != host_of(self._driver.node_id))
 
     async def _gave(self, peer: str, held: Closed) -> bool:
         instance, _, attempt = held.where
