@@ -6,7 +6,7 @@
         fleet.kill(1)
         run.upload(range(2, 4))
         run.fetch(range(4))
-        report = run.judge()                        # see oracle.py
+        report = run.judge()                        # see oracle.py; for what clients do, crowd.py
 
 ``Run(fleet, clients=10)`` lets clients take part in threads instead; schedule.py makes up faults from a seed. With
 ``fleet_of(..., node_links=True)`` the ways between servers can be cut, see ``NodeLinks``. Only loopback and processes
@@ -16,27 +16,22 @@ of the test's own are touched.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from integration.cluster import Cluster, Host, wait_until
+from integration.crowd import Crowd
 from integration.detour import detour
 from integration.links import Link
-from integration.oracle import (
-    MODEL,
-    Journal,
-    Outcome,
-    Report,
-    judge,
-)
-from integration.roaming import REPLY_S, RovingClient
-from integration.watching import Prober, StatusWatch
+from integration.oracle import MODEL, Outcome, Report, judge
+from integration.roaming import REPLY_S
+from integration.watching import StatusWatch
 
 from fedcore.models.formats import write_model
 
@@ -215,6 +210,27 @@ class Fleet:
         """Return the cluster as seen by who talks to one server."""
         return self.cluster.at(n)
 
+    # ---- as Servers, see roaming.py
+
+    def known(self) -> Collection[int]:
+        """Return all servers that may ever be started."""
+        return self.hosts.keys()
+
+    def life(self, n: int) -> int:
+        """Return which process of a server runs, or ran last."""
+        return self.lives.get(n, -1)
+
+    def connect(self, n: int) -> http.client.HTTPConnection:
+        """Return a connection to the devices' port of a server; nobody is there if it was killed."""
+        if not self.up(n):
+            raise ConnectionRefusedError(f"server {n} is not started")
+        return http.client.HTTPConnection("127.0.0.1", self.cluster.http + n, timeout=REPLY_S)
+
+    def told(self, n: int, answered: bool) -> None:
+        """Need no word of who answers: who kills servers here knows it."""
+
+    # ---- what they tell
+
     def metric(self, line: str, servers: Iterable[int] | None = None) -> float:
         """Return the sum of a metric over the running servers, or over these."""
         return sum(self.cluster.metric(line, n) for n in (self.running() if servers is None else servers))
@@ -314,107 +330,28 @@ def fleet_of(
             fleet.close()
 
 
-class Run:
+class Run(Crowd):
     """A fleet at work under observation: clients by hand or in threads, probes, the status, the journal.
 
     Attributes:
-        journal: what the clients see.
-        prober: when servers answer.
+        fleet: the servers.
         status: how iterations end.
-        clients: number -> client; made as they are asked for.
-        faults: what ended a client's thread.
     """
 
     def __init__(self, fleet: Fleet, *, clients: int = 0, seed: int = 1, probes: bool = True) -> None:
         """Let so many clients take part in threads; by hand any others may."""
+        super().__init__(fleet, clients=clients, seed=seed, probes=probes)
         self.fleet = fleet
-        self.journal = Journal()
-        self.prober = Prober(fleet, self.journal)
         self.status = StatusWatch(fleet.cluster)
-        self.clients: dict[int, RovingClient] = {}
-        self.faults: list[BaseException] = []
-        self._seed, self._probes = seed, probes
-        self._over = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._work, args=(self.client(c),), name=f"client-{c}", daemon=True)
-            for c in range(clients)
-        ]
 
     def __enter__(self) -> Run:
         self.status.start()
-        if self._probes:
-            self.prober.watch()
-        for thread in self._threads:
-            thread.start()
+        super().__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-        self.prober.stop()
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         self.status.stop()
-        for client in self.clients.values():
-            client.http.close()
-
-    def stop(self) -> None:
-        """Let the clients in threads come to an end."""
-        self._over.set()
-        limit = time.monotonic() + 2 * REPLY_S
-        for thread in self._threads:
-            if thread.is_alive():
-                self.clients[int(thread.name.rpartition("-")[2])].over.set()
-        for thread in self._threads:
-            thread.join(max(0.0, limit - time.monotonic()))
-        for client in self.clients.values():
-            client.over.clear()
-
-    def _work(self, client: RovingClient) -> None:
-        try:
-            while not self._over.is_set():
-                client.take_part()
-        except BaseException as error:
-            if not self._over.is_set():
-                self.faults.append(error)
-
-    # ---- by hand
-
-    def client(self, number: int) -> RovingClient:
-        """Return a client."""
-        if number not in self.clients:
-            self.clients[number] = RovingClient(self.fleet, self.journal, number, self._seed * 1000 + number)
-        return self.clients[number]
-
-    def start_all(self, clients: Iterable[int], server: int | None = None) -> None:
-        """Let clients get their places; each must."""
-        for number in clients:
-            assert self.client(number).start(server), f"client {number} gets no place"
-
-    def upload(self, clients: Iterable[int], server: int | None = None) -> None:
-        """Let clients upload; each must get its 200."""
-        for number in clients:
-            assert self.client(number).upload(server), f"the update of client {number} is refused"
-
-    def fetch(self, clients: Iterable[int], server: int | None = None) -> None:
-        """Let clients get the model of their iteration."""
-        for number in clients:
-            self.client(number).fetch(server)
-
-    def see_everywhere(self, iteration: int) -> None:
-        """Get the model of an iteration from every running server."""
-        for n in self.fleet.running():
-            self.client(0).fetch(n, iteration=iteration)
-
-    # ---- in threads
-
-    def wait_for_iterations(self, more: int, seconds: float) -> None:
-        """Wait until the clients got the models of so many more iterations; fail if one of them has given up."""
-        goal = self.journal.newest() + more
-        wait_until(lambda: self.faults or self.journal.newest() >= goal, f"{more} more iterations", seconds)
-        self.check_clients()
-
-    def check_clients(self) -> None:
-        """Fail with what ended a client's thread."""
-        if self.faults:
-            raise AssertionError(f"a client gave up: {self.faults}") from self.faults[0]
 
     # ---- the end
 

@@ -18,6 +18,7 @@ What is checked:
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import threading
 from collections import defaultdict
@@ -130,6 +131,31 @@ class Answered:
     placed: bool
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A question of a client, from its first try to the answer.
+
+    Attributes:
+        round: its route.
+        client: who asked.
+        began: monotonic seconds.
+        at: monotonic seconds.
+        repeats: tries in vain before the answer.
+        texts: "not ready" texts before or as the answer.
+        code: of the answer, None for a text.
+        told: seconds after which the answer asks to come again, None if it does not.
+    """
+
+    round: str
+    client: int
+    began: float
+    at: float
+    repeats: int
+    texts: int
+    code: int | None
+    told: float | None = None
+
+
 class Journal:
     """What the clients of a run did and saw; may be written from many threads."""
 
@@ -138,9 +164,11 @@ class Journal:
         self.acknowledged: list[Acknowledged] = []
         self.received: list[Received] = []
         self.answered: list[Answered] = []
+        self.asked: list[Asked] = []
         self.models: dict[str, Weights] = {}  # digest -> weights
         self.refused = 0
         self.repeated = 0  # requests that had to be sent again after a broken connection
+        self._newest = self._serving = 0
         self._lock = threading.Lock()
 
     def send(self, iteration: int, client: int) -> None:
@@ -158,12 +186,19 @@ class Journal:
         digest = digest_of(weights)
         with self._lock:
             self.models.setdefault(digest, weights)
+            self._newest = max(self._newest, iteration)
             self.received.append(Received(iteration, serving, server, digest, at))
 
     def answer(self, entry: Answered) -> None:
         """Note which iteration an answer named."""
         with self._lock:
             self.answered.append(entry)
+            self._serving = max(self._serving, entry.serving)
+
+    def ask(self, entry: Asked) -> None:
+        """Note a question that was answered."""
+        with self._lock:
+            self.asked.append(entry)
 
     def count(self, *, refused: int = 0, repeated: int = 0) -> None:
         """Count what is no promise."""
@@ -179,7 +214,29 @@ class Journal:
     def newest(self) -> int:
         """Return the newest iteration whose model somebody got, 0 for none but the initial one."""
         with self._lock:
-            return max((entry.iteration for entry in self.received), default=0)
+            return self._newest
+
+    def serving(self) -> int:
+        """Return the latest iteration that an answer has named."""
+        with self._lock:
+            return self._serving
+
+    def first_seen(self) -> dict[int, float]:
+        """Return when somebody got the model of each iteration first, monotonic seconds."""
+        with self._lock:
+            seen: dict[int, float] = {}
+            for entry in self.received:
+                seen[entry.iteration] = min(entry.at, seen.get(entry.iteration, entry.at))
+            return seen
+
+    def copy(self) -> Journal:
+        """Return what is in it by now, for a judgement while the run goes on."""
+        other = Journal()
+        with self._lock:
+            other.__dict__ |= {
+                name: copy.copy(value) for name, value in self.__dict__.items() if name != "_lock"
+            }
+        return other
 
 
 @dataclass(frozen=True)
@@ -215,6 +272,16 @@ class Report:
     models: int
 
 
+@dataclass(frozen=True)
+class _Iteration:
+    """What is known of one iteration: the clients that sent an update and those that were promised, and its end."""
+
+    number: int
+    sent: set[int]
+    promised: set[int]
+    outcome: Outcome | None
+
+
 @dataclass
 class _Findings:
     """What comes together while a run is judged."""
@@ -232,6 +299,7 @@ def judge(
     lost: int = 0,
     may_fail: Callable[[str], bool] = lambda reason: False,
     quorum: int | None = None,
+    after: int = 0,
 ) -> Report:
     """Judge a run that is over.
 
@@ -241,16 +309,18 @@ def judge(
         lost: how many accepted updates of valid iterations the servers reported as lost.
         may_fail: whether an iteration may fail for this reason.
         quorum: how many updates every model must hold, None for any number.
+        after: the iterations up to this one are not judged; others had clients in them.
 
     Raises:
         AssertionError: with every fault found.
     """
     found = _Findings()
     digests = _inherited(_digests(journal, found), outcomes)
-    for iteration in range(
-        1, max([0, *digests, *outcomes, *(entry.iteration for entry in journal.acknowledged)]) + 1
-    ):
-        _judge_iteration(iteration, journal, outcomes.get(iteration), digests, may_fail, quorum, found)
+    sent = _by_iteration(journal.sent)
+    promised = _by_iteration((entry.iteration, entry.client) for entry in journal.acknowledged)
+    for iteration in range(after + 1, max([0, *digests, *outcomes, *promised]) + 1):
+        seen = _Iteration(iteration, sent[iteration], promised[iteration], outcomes.get(iteration))
+        _judge_iteration(seen, journal.models, digests, may_fail, quorum, found)
     if len(found.missing) > lost:
         found.faults.append(
             f"{len(found.missing)} acknowledged updates are in no model, {lost} are reported as lost: "
@@ -304,15 +374,23 @@ def _inherited(digests: Mapping[int, str], outcomes: Outcomes) -> dict[int, str]
     return known
 
 
+def _by_iteration(updates: Iterable[tuple[int, int]]) -> defaultdict[int, set[int]]:
+    """Return iteration -> clients of (iteration, client)."""
+    groups: defaultdict[int, set[int]] = defaultdict(set)
+    for iteration, client in updates:
+        groups[iteration].add(client)
+    return groups
+
+
 def _judge_iteration(
-    iteration: int,
-    journal: Journal,
-    outcome: Outcome | None,
+    seen: _Iteration,
+    models: Mapping[str, Weights],
     digests: Mapping[int, str],
     may_fail: Callable[[str], bool],
     quorum: int | None,
     found: _Findings,
 ) -> None:
+    iteration, outcome = seen.number, seen.outcome
     digest = digests.get(iteration)
     if outcome is not None and not outcome.valid:
         found.failed[iteration] = outcome.reason
@@ -322,22 +400,20 @@ def _judge_iteration(
             found.faults.append(f"iteration {iteration} failed and yet has another model than the one before")
         return
     if digest is None:
-        promised = journal.promised(iteration)
-        if promised and outcome is not None:
+        if seen.promised and outcome is not None:
             found.faults.append(f"nobody ever saw the model of iteration {iteration}")
         return
-    weights, sent = journal.models[digest], {who for k, who in journal.sent if k == iteration}
+    weights = models[digest]
     members = members_of(weights)
-    fault = _wrong(weights, members, iteration) or (
-        f"updates of {sorted(members - sent)} that nobody sent" if members - sent else ""
-    )
+    unsent = sorted(members - seen.sent)
+    fault = _wrong(weights, members, iteration) or (f"updates of {unsent} that nobody sent" if unsent else "")
     if quorum is not None and len(members) != quorum:
         found.faults.append(f"iteration {iteration} was made of {len(members)} updates instead of {quorum}")
     if fault:
         found.faults.append(f"the model of iteration {iteration} ({outcome or 'outcome unknown'}): {fault}")
         return
     found.members[iteration] = members
-    found.missing |= {(iteration, client) for client in journal.promised(iteration) - members}
+    found.missing |= {(iteration, client) for client in seen.promised - members}
 
 
 def _wrong(weights: Weights, members: frozenset[int], iteration: int) -> str:

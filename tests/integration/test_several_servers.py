@@ -10,30 +10,24 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from http.client import HTTPResponse
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from integration.cluster import Cluster, wait_until
 from integration.faults import Fleet, Run, fleet_of
 from integration.oracle import (
-    CLIENTS,
     MODEL,
     Acknowledged,
-    Journal,
-    data_size_of,
-    update_of,
 )
-from integration.roaming import RovingHttp, upload_of
+from integration.roaming import RovingHttp, strict_device, upload_of
 from integration.watching import RedisReader, status_of
 from strict_device import Status, StrictDevice
 
 from fedcore.models.formats import write_model
 from fedcore.wire import codec
-from fedcore.wire.messages import RequestUpdateModel, ResponseGetModel, ResponseUpdateModel
+from fedcore.wire.messages import ResponseUpdateModel
 from fedctl.processes import free_ports
 
 ONE_SERVER, ONE_HOST, TWO_HOSTS = {0: 0}, {0: 0, 1: 0}, {0: 0, 1: 1}
@@ -233,6 +227,23 @@ def test_a_lost_host_fails_its_iteration_by_name_without_more_clients(tmp_path: 
         report = run.judge(quorum=6, may_fail=bool)
         assert report.failed.keys() == {1}
         assert report.members == {2: frozenset(range(6))}
+
+
+def test_siblings_that_stop_together_hand_over_to_another_host(tmp_path: Path) -> None:
+    """Each of them finds the other one still there, and must not rely on it."""
+    with fleet_of(tmp_path, {0: 0, 1: 0, 2: 1}, places=6) as fleet, Run(fleet) as run:
+        run.start_all(range(6))
+        run.upload([0, 1], server=0)
+        run.upload([2, 3], server=1)
+        stopping = [fleet.cluster.processes.pop(fleet.cluster.name(n)) for n in (0, 1)]
+        for process in stopping:
+            process.send_signal(signal.SIGTERM)
+        assert [process.wait(30) for process in stopping] == [0, 0]
+        run.upload([4, 5], server=2)
+        run.fetch(range(6), server=2)
+        report = run.judge(quorum=6)
+        assert report.members == {1: frozenset(range(6))}
+        assert fleet.metric(LOST, [2]) == 0
 
 
 # ---- newcomers
@@ -463,7 +474,7 @@ def test_strict_devices_train_through(tmp_path: Path, hosts: dict[int, int], fau
         fleet_of(tmp_path, hosts, places=DEVICES, fl_iteration_num=ITERATIONS) as fleet,
         Run(fleet) as run,
     ):
-        devices = [strict_device(fleet, client) for client in range(DEVICES)]
+        devices = [train_slowly(fleet, run, client) for client in range(DEVICES)]
         ends: dict[int, object] = {}
         threads = [
             threading.Thread(target=keep_end, args=(ends, c, d), daemon=True) for c, d in enumerate(devices)
@@ -474,30 +485,16 @@ def test_strict_devices_train_through(tmp_path: Path, hosts: dict[int, int], fau
         fault(fleet, run)
         wait_until(lambda: len(ends) == DEVICES or any(map(failed, ends.values())), "they finish", 25)
         assert ends == dict.fromkeys(range(DEVICES), Status.SUCCESS)
-        for client, device in enumerate(devices):
-            note(run.journal, device, client)
         report = run.judge(quorum=DEVICES, may_fail=lambda reason: wiped and WIPED in reason)
         assert len(report.members) >= ITERATIONS - (2 if wiped else 0)
 
 
-def strict_device(fleet: Fleet, client: int) -> StrictDevice:
-    """Make a strict device behind something that finds it a living server, as a load balancer does."""
-
-    def train(weights: Mapping[str, np.ndarray], plan: object) -> tuple[dict[str, np.ndarray], float]:
-        threading.Event().wait(0.04 * (1 + client))  # they upload one after another
-        return update_of(client, device.iteration), 0.5
-
-    sizes = {name: values.size for name, values in MODEL.items()}
-    device = StrictDevice(
-        "http://servers",
-        train,
-        data_size_of(client),
-        fl_id=f"client-{client}",
-        model=sizes,
-        time_scale=0.04,  # patience for 18 polls: 7 s
-        http=RovingHttp(fleet, 100 + client),
+def train_slowly(fleet: Fleet, run: Run, client: int) -> StrictDevice:
+    """Make a strict device; they upload one after another."""
+    http = RovingHttp(fleet, 100 + client)
+    return strict_device(  # patience for 18 polls: 7 s
+        http, run.journal, client, seconds=0.04 * (1 + client), time_scale=0.04
     )
-    return device
 
 
 def half_uploaded(devices: list[StrictDevice], iteration: int) -> bool:
@@ -519,25 +516,3 @@ def keep_end(ends: dict[int, object], client: int, device: StrictDevice) -> None
 def failed(end: object) -> bool:
     """Tell whether a device ended otherwise than it should."""
     return end is not Status.SUCCESS
-
-
-def accepted(reply: bytes) -> bool:
-    """Tell whether an updateModel was accepted; it may have been answered with the text of the gate."""
-    return not reply.startswith(b"The ") and codec.decode(ResponseUpdateModel, reply).retcode == 200
-
-
-def note(journal: Journal, device: StrictDevice, client: int) -> None:
-    """Put down what a strict device sent and got; who answered is not known."""
-    assert client < CLIENTS
-    for exchange in device.exchanges:
-        at, nobody = exchange.at / 1000, -1
-        if exchange.round == "updateModel":
-            iteration = codec.decode(RequestUpdateModel, exchange.request).iteration
-            journal.send(iteration, client)
-            if accepted(exchange.reply):
-                journal.acknowledge(Acknowledged(iteration, client, nobody, at))
-        elif exchange.round == "getModel":
-            reply = codec.decode(ResponseGetModel, exchange.reply)
-            if reply.retcode == 200:
-                weights: dict[str, Any] = {item.weight_fullname: item.data for item in reply.feature_map}
-                journal.receive(reply.iteration - 1, reply.iteration, nobody, weights, at)

@@ -7,7 +7,8 @@ import http.client
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import Any
 
 from integration.cluster import Cluster
 from integration.oracle import (
@@ -16,7 +17,7 @@ from integration.oracle import (
     Outcome,
     longest_gap,
 )
-from integration.roaming import REPLY_S
+from integration.roaming import REPLY_S, Servers
 
 from fedcore.errors import MalformedRequest
 from fedcore.wire import codec
@@ -25,19 +26,16 @@ from fedcore.wire.messages import (
     ResponseGetModel,
 )
 
-if TYPE_CHECKING:
-    from integration.faults import Fleet
-
 HOST = "127.0.0.1"
 PROBE_S = 0.05  # between two questions to one server
 POLL_S = 0.02  # between two looks at Redis
 
 
 class Prober:
-    """Asks every server for its newest model every 50 ms, and keeps when anybody answered."""
+    """Asks every server for its newest model every 50 ms, or as often as told, and keeps when anybody answered."""
 
-    def __init__(self, fleet: Fleet, journal: Journal) -> None:
-        self._fleet, self._journal = fleet, journal
+    def __init__(self, servers: Servers, journal: Journal, every: float = PROBE_S) -> None:
+        self._servers, self._journal, self._every = servers, journal, every
         self._over = threading.Event()
         self._threads: dict[int, threading.Thread] = {}
         self.began = time.monotonic()
@@ -45,7 +43,7 @@ class Prober:
 
     def watch(self) -> None:
         """Probe every server that is known by now."""
-        for n in self._fleet.hosts.keys() - self._threads.keys():
+        for n in self._servers.known() - self._threads.keys():
             self._threads[n] = threading.Thread(target=self._probe, args=(n,), name=f"probe-{n}", daemon=True)
             self._threads[n].start()
 
@@ -55,27 +53,30 @@ class Prober:
         for thread in self._threads.values():
             thread.join(REPLY_S + 1)
 
-    def gap(self, since: float, until: float | None = None) -> float:
-        """Return the longest time within which no server answered, seconds."""
-        return longest_gap((at for at, _ in self.answers), since, until or time.monotonic())
+    def gap(self, since: float, until: float | None = None, servers: Collection[int] | None = None) -> float:
+        """Return the longest time within which no server, or none of these, answered, seconds."""
+        moments = (at for at, n in list(self.answers) if servers is None or n in servers)
+        return longest_gap(moments, since, until or time.monotonic())
 
     def _probe(self, n: int) -> None:
         body = codec.encode(RequestGetModel(fl_name="job", iteration=0, timestamp="1"))
-        while not self._over.wait(PROBE_S):
-            if not self._fleet.up(n):
-                continue
-            life, asked = self._fleet.lives[n], time.monotonic()
-            connection = http.client.HTTPConnection(HOST, self._fleet.cluster.http + n, timeout=REPLY_S)
+        while not self._over.wait(self._every):
+            life, asked = self._servers.life(n), time.monotonic()
             try:
-                connection.request("POST", "/getModel", body)
-                reply = codec.decode(ResponseGetModel, connection.getresponse().read())
-            except (OSError, http.client.HTTPException, MalformedRequest):
+                reply = self._ask(n, body)
+            except (OSError, http.client.HTTPException, MalformedRequest) as error:
+                self._servers.told(n, answered=isinstance(error, MalformedRequest))
                 continue
-            finally:
-                connection.close()
             now = time.monotonic()
+            self._servers.told(n, answered=True)
             self.answers.append((now, n))
             self._journal.answer(Answered(n, life, asked, now, reply.iteration, False))
+
+    def _ask(self, n: int, body: bytes) -> ResponseGetModel:
+        """Ask over a connection of its own, so that an answer means that the server takes connections."""
+        with contextlib.closing(self._servers.connect(n)) as connection:
+            connection.request("POST", "/getModel", body)
+            return codec.decode(ResponseGetModel, connection.getresponse().read())
 
 
 class StatusWatch:
