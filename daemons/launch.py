@@ -41,9 +41,8 @@ from fldaemons.configuration import (
 
 EX_CONFIG = 78  # sysexits.h: the configuration is wrong; systemd shall not restart (RestartPreventExitStatus)
 EXTENSION_S = 15.0  # that a stop asks for, again and again
-STOP_LIMIT_S = (
-    90.0  # for all of a stop; 10 s for requests, 10 s to hand over, 2 s for other nodes, and Redis' answers
-)
+# For all of a stop: 10 s for requests, 10 s to hand over, 2 s for other nodes, and Redis' answers.
+STOP_LIMIT_S = 90.0
 
 # Whether it can be used is found out by using it: that fault is one of the configuration, and is told to systemd.
 FILE = click.Path(path_type=Path, readable=False)
