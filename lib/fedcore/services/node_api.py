@@ -177,7 +177,8 @@ class NodeApi:
         """Give bytes of a sealed sum."""
         asked = messages.unpack(messages.ReadPartial, request.data)
         where = (asked.instance, asked.iteration, asked.attempt)
-        if self._shown[0] != where or not self._is_at(*where):
+        # What was shown is not asked for again with each chunk, but more may have been adopted since.
+        if self._shown[0] != where or asked.ledger not in self._shown[1] or not self._is_at(*where):
             sealed = await self._sealed(*where)
             self._shown = where, {partial.ledger_id: partial for partial in sealed}
         partial = self._shown[1].get(asked.ledger)

@@ -299,6 +299,17 @@ class TestLedgers:
             else:
                 pair.refused(Command.READ_PARTIAL, messages.pack(request), sender=pair.a.node_id)
 
+    def test_a_ledger_adopted_after_the_first_reading_can_be_read(self, pair: Pair) -> None:
+        """Its process may be noticed to be gone only while the finaliser is reading already."""
+        pair.until_sealed()
+        asked = messages.ReadPartial("i_001", 2, 1, own(pair.b), 0, 8)
+        first = pair.asked(Command.READ_PARTIAL, messages.pack(asked), sender=pair.a.node_id)
+        held = pair.outcome(pair.b.intake.seal(2, 1))
+        pair.b.ledgers.adopted["ab" * 16] = replace(held, ledger_id="ab" * 16)
+        later = messages.pack(replace(asked, ledger="ab" * 16))
+        second = pair.asked(Command.READ_PARTIAL, later, sender=pair.a.node_id)
+        assert bytes(second.data) == bytes(first.data)
+
     def test_a_ledger_of_somebody_else_cannot_be_read(self, pair: Pair) -> None:
         pair.until_sealed()
         asked = messages.pack(messages.ReadPartial("i_001", 2, 1, own(pair.a), 0, 1))
