@@ -512,9 +512,10 @@ def _seal_if_complete(state: Iteration, policy: Policy) -> tuple[Effect, ...]:
 
 
 def _on_time(state: Iteration, event: TimePassed, now: float, policy: Policy) -> Step:
-    """Look at the clock; a complete iteration is sealed again, as its seal may be lost with a connection."""
-    if state.running is not RunningState.RUNNING:
-        return state, ()
+    """Look at the clock, and do again what may be lost with a connection without a trace in the shared state."""
+    owed = _owed(state, policy)
+    if owed or state.running is not RunningState.RUNNING:
+        return state, owed
     due = deadline(state, policy)
     if due is None or now < due[0]:
         collecting = state.phase is Phase.COLLECTING
@@ -622,17 +623,11 @@ def _on_observed(state: Iteration, event: Observed, now: float, policy: Policy) 
 
 def _part_in(seen: Iteration, event: Observed, policy: Policy) -> tuple[Effect, ...]:
     """Return what this server has to do for the iteration as the shared state shows it."""
-    match seen.running:
-        case RunningState.STOP:
-            return (Leave(),)
-        case RunningState.FINISH:
-            return ()
-        case RunningState.DISABLE if seen.interrupted:
-            return ()  # whoever enables it sees that its last iteration is over, if it is
-    if seen.number > policy.last_iteration:
-        return (Finish(),)
-    if seen.running is RunningState.DISABLE:
-        return (Interrupt(),)
+    if seen.running is RunningState.STOP:
+        return (Leave(),)
+    owed = _owed(seen, policy)
+    if owed or seen.running is not RunningState.RUNNING:
+        return owed
     match seen.phase:
         case Phase.COLLECTING:
             return _seal_if_complete(seen, policy)
@@ -641,6 +636,17 @@ def _part_in(seen: Iteration, event: Observed, policy: Policy) -> tuple[Effect, 
     if event.mine:
         return _finalise(seen)
     return (ClaimReduction(seen.number, seen.attempt, seen.token),) if event.orphaned else ()
+
+
+def _owed(state: Iteration, policy: Policy) -> tuple[Effect, ...]:
+    """Return what a job that is over or was disabled still has to have done to it."""
+    if state.running in (RunningState.FINISH, RunningState.STOP):
+        return ()
+    if state.running is RunningState.DISABLE and state.interrupted:
+        return ()  # whoever enables it sees that its last iteration is over, if it is
+    if state.number > policy.last_iteration:
+        return (Finish(),)
+    return (Interrupt(),) if state.running is RunningState.DISABLE else ()
 
 
 def _ignore(state: Iteration, event: Event, now: float, policy: Policy) -> Step:

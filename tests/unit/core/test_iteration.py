@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 
@@ -309,11 +310,27 @@ def test_time_does_not_fail_a_complete_iteration_but_seals_it() -> None:
     assert step(complete, TimePassed(), 1e9, POLICY) == (complete, (Seal(5, 1),))
 
 
-@pytest.mark.parametrize("running", [DISABLE, FINISH, STOP])
+@pytest.mark.parametrize(
+    "gone",
+    [{"running": DISABLE, "interrupted": True}, {"running": FINISH}, {"running": STOP}],
+)
 @pytest.mark.parametrize("state", [ONE, FIRST, replace(FIRST, uploaded=2)])
-def test_no_time_passes_for_a_job_that_does_not_run(state: Iteration, running: RunningState) -> None:
-    state = replace(state, running=running)
+def test_no_time_passes_for_a_job_that_does_not_run(state: Iteration, gone: dict[str, Any]) -> None:
+    state = replace(state, **gone)
     assert step(state, TimePassed(), 1e9, POLICY) == (state, ())
+
+
+@pytest.mark.parametrize(
+    ("state", "owed"),
+    [
+        (replace(FIRST, running=DISABLE), Interrupt()),
+        (replace(FIRST, number=POLICY.last_iteration + 1), Finish()),
+        (replace(FIRST, number=POLICY.last_iteration + 1, running=DISABLE), Finish()),
+    ],
+)
+def test_what_the_end_of_a_job_asks_for_is_asked_for_again(state: Iteration, owed: Effect) -> None:
+    """It may have been lost with a Redis that says no more than this server knows already."""
+    assert step(state, TimePassed(), 105.0, POLICY) == (state, (owed,))
 
 
 # ---- the finaliser
@@ -432,7 +449,8 @@ def test_a_worker_has_time_until_the_global_window_is_over(phase: Phase) -> None
     assert deadline(state, HYBRID) == (125.0, ALL_LATE)
     assert step(state, TimePassed(), 124.9, HYBRID) == (state, ())
     assert step(state, TimePassed(), 125.0, HYBRID) == (state, (fails(ALL_LATE, phase, token=MINE),))
-    assert step(replace(state, running=DISABLE), TimePassed(), 125.0, HYBRID)[1] == ()
+    suspended = replace(state, running=DISABLE, interrupted=True)
+    assert step(suspended, TimePassed(), 125.0, HYBRID) == (suspended, ())
 
 
 @pytest.mark.parametrize("phase", [TRAINING, TRAINED])
