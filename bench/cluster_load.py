@@ -36,19 +36,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, pkcs12
-from cryptography.x509.oid import NameOID
 
 from fedcore.models.formats import write_model
+from fedcore.pki.authority import KeyKind, Role, issue, make_authority
 from fedcore.wire import codec
 from fedcore.wire.messages import (
     FeatureMap,
@@ -76,7 +72,7 @@ NAME = "client-######"  # and this for the client
 SHIFTS, SIZES = 5, 23  # uploads differ in what is added to the weights and in the data size
 WARM_UP = 1
 PATIENCE_S = 120
-KEY_BITS = 3072  # RSA, as the playbooks make them
+KEY = KeyKind.RSA_3072  # as the playbooks make them
 PASSWORD = "bench"
 CIPHERS = "ECDHE-RSA-AES128-GCM-SHA256"  # TLS 1.2; 1.3 chooses by itself
 POLL_S = 0.001  # between two questions for a model that is not there yet
@@ -114,17 +110,14 @@ def consecutive_ports(count: int) -> Iterator[int]:
 
 def tls_settings(directory: Path) -> dict[str, Any]:
     """Make key and certificate of the servers; return the settings that name them."""
-    key = rsa.generate_private_key(65537, KEY_BITS)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "bench")])
     now = datetime.now(UTC)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-    dated = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
-    signed = dated.sign(key, hashes.SHA256())
-    encryption = BestAvailableEncryption(PASSWORD.encode())
-    p12 = directory / "server.p12"
-    p12.write_bytes(pkcs12.serialize_key_and_certificates(b"bench", key, signed, None, encryption))
+    authority = make_authority("bench", now)
+    made = issue(authority, Role.SERVER, "bench", now, hosts=[HOST], kind=KEY)
+    p12, ca = directory / "server.p12", directory / "ca.crt"
+    p12.write_bytes(made.p12(PASSWORD.encode()))
+    ca.write_bytes(authority.certificate_pem())
     (directory / "password").write_text(PASSWORD)
-    paths = dict.fromkeys(("server_cert_path", "client_cert_path", "ca_cert_path"), str(p12))
+    paths = {"server_cert_path": str(p12), "client_cert_path": str(p12), "ca_cert_path": str(ca)}
     return {"enable_ssl": True, "ssl": {**paths, "cipher_list": CIPHERS}}
 
 
@@ -173,7 +166,8 @@ def cluster(
             command = [*shlex.split(arguments.under), *program("fl-serverd")]
             command += ["--yaml-config", str(directory / "fl.yaml")]
             if arguments.tls:
-                command += ["--server-password-file", str(directory / "password")]
+                for which in ("server", "client"):
+                    command += [f"--{which}-password-file", str(directory / "password")]
             command += ["--model", str(directory / "model.safetensors"), "--instance"]
             servers = [family.start(f"serverd-{i}", [*command, str(i)]) for i in range(count)]
             for i, server in enumerate(servers):
@@ -587,7 +581,7 @@ def main() -> None:
     parser.add_argument(
         "--fsync", action="store_true", help="updates reach the disk before they are answered"
     )
-    parser.add_argument("--tls", action="store_true", help=f"HTTPS with an RSA key of {KEY_BITS} bits")
+    parser.add_argument("--tls", action="store_true", help=f"HTTPS with a key of kind {KEY}")
     parser.add_argument("--reconnect", action="store_true", help="a new connection for each request")
     parser.add_argument("--ledger-dir", help="e.g. a folder on tmpfs (default: a temporary one)")
     parser.add_argument("--under", default="", help="command that runs fl-serverd, e.g. 'chrt --batch 0'")

@@ -11,9 +11,11 @@ import click
 from fedcore import __version__
 
 COMMANDS = {
+    "certs": ("fedctl.certs.command:certs", "Make, check and revoke certificates."),
     "decode": ("fedctl.decode:decode", "Print a message of the device protocol."),
     "demo": ("fedctl.demo.command:demo", "Watch a federation learn to read handwriting."),
     "doctor": ("fedctl.doctor.command:doctor", "Look for what stands against daemons on this host."),
+    "job": ("fedctl.job:job", "Suspend a job, let it go on, start it anew."),
     "model": ("fedctl.model:model", "Make initial models."),
     "scale": ("fedctl.scale.command:scale", "Start and stop servers on this host."),
     "state": ("fedctl.state:state", "Show the state of a cluster and its nodes."),
@@ -27,9 +29,11 @@ Examples:
   fl demo --silo                                 silos instead of devices
   fl demo --hybrid                               devices with few labels, and a worker with some
   fl state --scheduler http://10.0.0.5:11202     who is there, and is it running
+  sudo fl job disable                            suspend the job of a deployed host
   fl scale 3 --yaml-config fl.yaml               three servers on this host
   sudo fl scale 3                                the same on a deployed host, with systemd
   sudo fl doctor                                 is all well on a deployed host
+  fl certs ca pki                                a certificate authority, for HTTPS and TLS between nodes
   fl model init --output lenet.safetensors       a model for fl-serverd to begin with
 """
 

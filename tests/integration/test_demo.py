@@ -178,6 +178,41 @@ def test_it_learns_and_tells(start: Start) -> None:
     assert list(demo.temporary.iterdir()) == []
 
 
+def test_with_tls_all_that_it_says_to_look_at_is_good(start: Start) -> None:
+    """curl, openssl and fl look at the cluster by the commands that it prints; nobody gets in without TLS."""
+    demo = start("--tls", "--stay", "--iterations", "2", "--devices", "2")
+    demo.read_until("until Ctrl-C")
+    commands = re.findall(r"^  ((?:fl|curl|openssl) .*)$", demo.text, re.MULTILINE)
+    for command in commands:
+        words = command.split()
+        words = [sys.executable, "-m", "fedctl", *words[1:]] if words[0] == "fl" else words
+        environment = {**os.environ, "NO_PROXY": "127.0.0.1"}
+        done = subprocess.run(
+            words,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=60,
+            env=environment,
+            check=False,
+        )
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        if words[0] == "openssl":
+            assert "Verification: OK" in done.stderr
+    assert [command.split()[0] for command in commands].count("fl") == 3
+    (https,) = (
+        word
+        for command in commands
+        for word in command.split()
+        if word.startswith("https:") and "/state" in word
+    )
+    plain = ["curl", "--noproxy", "*", "-s", https.replace("https:", "http:")]
+    assert subprocess.run(plain, capture_output=True, timeout=60, check=False).returncode != 0
+    os.kill(demo.pid, signal.SIGINT)
+    assert demo.end() == 0, demo.text
+    assert demo.family() == {}
+
+
 def test_silos_learn_by_every_rule(start: Start) -> None:
     demo = start("--silo", "--iterations", "8", "--json", "figures.json")
     assert demo.end() == 0, demo.text

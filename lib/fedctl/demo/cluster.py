@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fedclient.replies import Verdict, judge, weights_of
 from fedclient.transport import HttpTransport
 from fedcore.wire.codec import encode
 from fedcore.wire.messages import CompressType, RequestGetModel, ResponseGetModel
+from fedctl.demo import certificates
 from fedctl.demo.plan import FL_NAME, Addresses, Plan, write_configuration, write_initial_model
 from fedctl.processes import (
     HOST,
@@ -101,7 +103,8 @@ class Cluster:
         self.addresses = addresses
         self.redis = redis
         self._family = family
-        self._transport = HttpTransport(f"http://{addresses.devices}", timeout=10.0)
+        ca_file = str(directory / certificates.CA_FILE) if plan.tls else None
+        self._transport = HttpTransport(f"{plan.scheme}://{addresses.devices}", timeout=10.0, ca_file=ca_file)
         self._devices: list[Child] = []
         self._server: Child | None = None
         self._worker: Child | None = None
@@ -112,7 +115,7 @@ class Cluster:
         Raises:
             ChildFailed: one is not.
         """
-        options = ["--yaml-config", "fl.yaml"]
+        options = self.plan.daemon_arguments
         scheduler = self._family.start("schedulerd", [*program("fl-schedulerd"), *options])
         self._server = self._family.start("serverd", [*program("fl-serverd"), *options])
         for child, address in (
@@ -127,7 +130,7 @@ class Cluster:
         Raises:
             ChildFailed: it is not.
         """
-        self._worker = self._family.start("workerd", [*program("fl-workerd"), "--yaml-config", "fl.yaml"])
+        self._worker = self._family.start("workerd", [*program("fl-workerd"), *self.plan.daemon_arguments])
         self._family.wait_ready(self._worker, f"http://{self.addresses.worker_admin}/readyz")
 
     def start_devices(self) -> None:
@@ -272,6 +275,8 @@ def running_cluster(plan: Plan, directory: Path, say: Callable[[str], object]) -
         addresses = Addresses(redis=redis.address, **listeners)
         write_configuration(directory / "fl.yaml", plan, addresses)
         write_initial_model(directory / "initial.safetensors", plan.seed)
+        if plan.tls:
+            certificates.write_certificates(directory, datetime.now(UTC))
         family = stack.enter_context(Family(logs, NUMPY_THREADS, runs_in=directory))
         cluster = stack.enter_context(closing(Cluster(plan, directory, addresses, redis, family)))
         cluster.start_daemons()

@@ -21,6 +21,7 @@ import click
 
 from fedclient.rules import Rule
 from fedcore.errors import FedcoreError
+from fedctl.demo import certificates
 from fedctl.demo.cluster import Cluster, Weights, running_cluster
 from fedctl.demo.plan import LABELLED, WORKER_SAMPLES, Plan, beside_a_worker, divide
 from fedctl.demo.report import (
@@ -55,6 +56,7 @@ Examples:
   fl demo --silo --rule scaffold            one of them
   fl demo --hybrid                          devices with few labels, without and with a worker
   fl demo --hybrid --torch --json run.json
+  fl demo --tls                             the same over HTTPS, with certificates of its own
   fl demo --stay                            leaves the cluster running, to look around
 """
 
@@ -253,7 +255,8 @@ def look_around(cluster: Cluster, view: View, stays: bool) -> None:
     view.say(
         "to look around:" if stays else "while it ran (fl demo --stay keeps it running) there was to look at:"
     )
-    for command in commands_to_look_around(cluster.addresses):
+    ca_file = cluster.directory / certificates.CA_FILE if cluster.plan.tls else None
+    for command in commands_to_look_around(cluster.addresses, ca_file):
         view.say(f"  {command}")
     if stays:
         view.say("the cluster keeps running until Ctrl-C")
@@ -309,6 +312,11 @@ def stay(cluster: Cluster) -> None:
     help=f"Devices have {LABELLED} labels each; they train alone, and then with a worker that has {WORKER_SAMPLES} "
     "(HYBRID_TRAINING).",
 )
+@click.option(
+    "--tls",
+    is_flag=True,
+    help="Devices, operators and nodes use TLS; the certificates are those of fl certs.",
+)
 @click.option("--iterations", type=click.IntRange(1, 100_000), default=20, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same course.")
 @click.option(
@@ -340,6 +348,7 @@ def demo(
     silo: bool,
     rule: str | None,
     hybrid: bool,
+    tls: bool,
     iterations: int,
     seed: int,
     alpha: float,
@@ -365,7 +374,7 @@ def demo(
         raise click.UsageError("--stay needs one --rule: each rule has a cluster of its own")
     outputs = Outputs(json_file, plot or (directory / CURVES.name if directory else CURVES), stay)
     devices = devices or (SILOS if silo else DEVICES)
-    plan = Plan(data, devices, iterations, seed, alpha, torch)
+    plan = Plan(data, devices, iterations, seed, alpha, torch, tls=tls)
     plans = [plan]
     if silo:
         plans = [replace(plan, rule=each) for each in rules]

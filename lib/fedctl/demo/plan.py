@@ -13,6 +13,7 @@ import yaml
 from fedclient.rules import Rule
 from fedcore.errors import ConfigError
 from fedcore.models.formats import write_model
+from fedctl.demo import certificates
 from fedexamples import datasets, lenet, silo
 
 FL_NAME = "demo"
@@ -59,6 +60,7 @@ class Plan:
         central: samples that are kept back for a worker.
         labelled: samples of each device, 0 for all of its share.
         worker: whether a worker trains each aggregate further.
+        tls: whether devices, operators and nodes use TLS.
     """
 
     data: str
@@ -71,6 +73,17 @@ class Plan:
     central: int = 0
     labelled: int = 0
     worker: bool = False
+    tls: bool = False
+
+    @property
+    def scheme(self) -> str:
+        """Of the URLs of devices and operators."""
+        return "https" if self.tls else "http"
+
+    @property
+    def daemon_arguments(self) -> list[str]:
+        """What every daemon is given."""
+        return ["--yaml-config", "fl.yaml", *(certificates.daemon_arguments() if self.tls else [])]
 
     @property
     def name(self) -> str:
@@ -150,7 +163,8 @@ class Plan:
             **({"framework": "torch"} if self.torch and self.rule else {}),
         }
         return [
-            *("--server", f"http://{addresses.devices}"),
+            *("--server", f"{self.scheme}://{addresses.devices}"),
+            *(("--ca-file", str(certificates.CA_FILE)) if self.tls else ()),
             *("--trainer", self.trainer),
             *(word for name, value in settings.items() for word in ("--set", f"{name}={value}")),
             *("--fl-name", FL_NAME),
@@ -202,7 +216,7 @@ def write_configuration(path: Path, plan: Plan, addresses: Addresses) -> None:
         "fl_name": FL_NAME,
         "fl_iteration_num": plan.iterations,
         "server_mode": plan.server_mode,
-        "enable_ssl": False,
+        "enable_ssl": plan.tls,
         "distributed_cache": {"address": addresses.redis},
         "aggregation": plan.aggregation,
         "round": {
@@ -232,6 +246,10 @@ def write_configuration(path: Path, plan: Plan, addresses: Addresses) -> None:
             },
         },
     }
+    if plan.tls:
+        configuration["ssl"] = certificates.configuration()
+        # Redis is the demo's own, on this machine, and not every redis-server has TLS.
+        configuration["fedcore"]["redis"] = {"tls": "off"}
     if plan.worker:
         configuration["fedcore"]["worker"] = {
             "trainer": plan.worker_trainer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from fedctl.demo.plan import Addresses, Plan
 from fedctl.demo.report import DeviceRecord, IterationRecord, Report
+from fedctl.processes import HOST
 
 GOOD_ACCURACY = 0.95  # of what comparisons count the iterations to
 _ROWS_BESIDE_TABLE = 8  # head and frame of the table, the bar, and a line to spare
@@ -252,11 +254,29 @@ def gain(without: Report, with_worker: Report) -> str:
     )
 
 
-def commands_to_look_around(addresses: Addresses) -> list[str]:
-    """Return what to type beside a running demo."""
-    return [
-        f"fl state --scheduler http://{addresses.scheduler}",
-        f"curl http://{addresses.scheduler}/state",
+def commands_to_look_around(addresses: Addresses, ca_file: Path | None = None) -> list[str]:
+    """Return what to type beside a running demo.
+
+    Args:
+        addresses: where it listens.
+        ca_file: the authority of its certificates, None without TLS. Admin listeners have none in any case.
+    """
+    daemon = [
         f"curl http://{addresses.server_admin}/readyz",
         f"curl http://{addresses.server_admin}/metrics",
+    ]
+    if ca_file is None:
+        return [
+            f"fl state --scheduler http://{addresses.scheduler}",
+            f"curl http://{addresses.scheduler}/state",
+            *daemon,
+        ]
+    folder = ca_file.parent
+    return [
+        f"fl state --scheduler https://{addresses.scheduler} --ca-file {ca_file}",
+        f"curl --cacert {ca_file} https://{addresses.scheduler}/state",
+        *daemon,
+        f"fl certs list --ca {folder}",
+        f"fl certs verify {folder}/hosts/node/server.crt --ca {folder} --host {HOST}",
+        f"openssl s_client -connect {addresses.devices} -CAfile {ca_file} -brief",
     ]

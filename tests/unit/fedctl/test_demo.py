@@ -3,7 +3,9 @@
 import io
 import json
 import signal
+import subprocess
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from fedcore.config import Role, load_settings
 from fedcore.errors import ConfigError
 from fedcore.models.formats import read_model
 from fedcore.services.worker_trainer import load_trainer, read_options
-from fedctl.demo import command, plan, report, view
+from fedctl.demo import certificates, command, plan, report, view
 from fedctl.demo.cluster import Progress, progress_of, read_metrics, read_reports
 from fedctl.demo.command import Stopped, run_directory, stopping_on_signals, train
 from fedctl.demo.plan import Addresses, Plan
@@ -27,6 +29,7 @@ from fedexamples import datasets, lenet, silo
 from fedexamples.lenet_worker_numpy import WorkerOptions
 
 PLAN = Plan("digits", devices=2, iterations=3, seed=1, alpha=0.5, torch=False)
+SECURE = replace(PLAN, tls=True)
 ADDRESSES = Addresses(*(f"127.0.0.1:{port}" for port in range(7001, 7008)))
 
 
@@ -56,6 +59,33 @@ def test_the_daemons_understand_the_configuration(tmp_path):
     assert settings.round.start_fl_job_threshold == 2
     assert settings.client.client_epoch_num == lenet.EPOCHS
     assert yaml.safe_load((tmp_path / "fl.yaml").read_text())["fl_name"] == plan.FL_NAME
+
+
+def test_with_tls_the_daemons_understand_it_and_openssl_the_certificates(tmp_path):
+    plan.write_configuration(tmp_path / "fl.yaml", SECURE, ADDRESSES)
+    for role in (Role.SERVER, Role.SCHEDULER):
+        loaded = load_settings(tmp_path / "fl.yaml", role)
+        assert loaded.warnings == ()
+        assert loaded.settings.enable_ssl
+    certificates.write_certificates(tmp_path, datetime.now(UTC))
+    ssl = loaded.settings.ssl
+    for name, option in (("server", ssl.server_cert_path), ("client", ssl.client_cert_path)):
+        words = SECURE.daemon_arguments
+        password = words[words.index(f"--{name}-password-file") + 1]
+        opening = ["openssl", "pkcs12", "-in", option, "-passin", f"file:{password}", "-nokeys"]
+        leaf = subprocess.run(opening, capture_output=True, check=True, cwd=tmp_path).stdout
+        checking = ["openssl", "verify", "-CAfile", ssl.ca_cert_path, "-CRLfile", ssl.crl_path, "-crl_check"]
+        checking += ["-verify_ip", "127.0.0.1"]
+        done = subprocess.run(checking, input=leaf, capture_output=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
+def test_with_tls_devices_trust_its_authority_and_no_other():
+    arguments = SECURE.device_arguments(0, ADDRESSES)
+    assert arguments[arguments.index("--server") + 1] == f"https://{ADDRESSES.devices}"
+    assert arguments[arguments.index("--ca-file") + 1] == "pki/ca.crt"
+    assert "--ca-file" not in PLAN.device_arguments(0, ADDRESSES)
+    assert PLAN.daemon_arguments == ["--yaml-config", "fl.yaml"]
 
 
 def test_the_first_model_is_the_examples(tmp_path):
