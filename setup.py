@@ -23,7 +23,7 @@ setup(
     },
     install_requires=[
         "Twisted>=24.7",
-        "pyOpenSSL>=24",
+        "pyOpenSSL>=25.2",
         "cryptography>=42",
         "service-identity>=24",
         "txredisapi>=1.4.11",

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,10 @@ from fedcore.config import Address, Settings
 from fedcore.errors import ConfigError, FedcoreError
 from fedcore.net.reactor import follow_monotonic_clock
 from fedcore.net.sd_notify import Notifier
+from fedcore.net.tls import Links
 from fedcore.observe.log import complain
+from fedcore.observe.metrics import CommonMetrics
+from fedcore.services.certificate_watch import CertificateWatch
 from fedcore.services.supervision import Supervision
 from fedcore.services.to_redis import Moved, way_to_redis
 from fedcore.store.link import Access
@@ -35,7 +38,7 @@ from fldaemons.configuration import (
     REDIS_PASSWORD,
     SENTINEL_PASSWORD,
     Configuration,
-    RenewableContext,
+    PasswordFiles,
     password_of,
 )
 
@@ -57,8 +60,8 @@ SIGNALS_HELP = """
 \b
 Signals:
   SIGTERM, SIGINT   end in order: finish what is under way, hand over what is held
-  SIGHUP            read the configuration again: the log's level and the listeners' certificate change at once, the
-                    rest at the next start; on a terminal it ends the daemon, as SIGTERM does
+  SIGHUP            read the configuration again: the log's level, certificates, authorities and revocation lists
+                    change at once, the rest at the next start; on a terminal it ends the daemon, as SIGTERM does
 """
 EXIT_CODES_HELP = """
 \b
@@ -88,7 +91,7 @@ class Listener:
     purpose: str
     address: Address
     factory: Any
-    context: RenewableContext | None = None
+    context: Any = None
     stays: bool = False
 
 
@@ -218,6 +221,25 @@ def notices_of(settings: Settings, heard: Callable[[bytes], None], reactor: Any)
         access=_redis_access(settings),
         moved=moved,
     )
+
+
+def links_of(configuration: Configuration, options: Mapping[str, Any], reactor: Any) -> Links | None:
+    """Return the TLS of a daemon's links, None if it has none, given the options of its command line.
+
+    Raises:
+        ConfigError: a certificate, password, authority, revocation list or the cipher list cannot be used.
+    """
+    files = PasswordFiles(options["server_password_file"], options["client_password_file"])
+    return configuration.links(files, reactor.seconds)
+
+
+def certificate_watch(
+    configuration: Configuration, links: Links | None, metrics: CommonMetrics, reactor: Any
+) -> list[CertificateWatch]:
+    """Return the service that warns of certificates that end, if there are any."""
+    if links is None:
+        return []
+    return [CertificateWatch(links, lambda: configuration.warning_days, metrics, reactor)]
 
 
 def _redis_access(settings: Settings) -> Access:

@@ -110,20 +110,23 @@ def build(
         tcp_port=port_of_instance(own.tcp_port, n),
     )
     check_writable(checkpoints)
-    context = configuration.listening_context(options["server_password_file"])
+    links = launch.links_of(configuration, options, reactor)
     metrics = ServerMetrics()
     redis = launch.redis_of(settings, metrics.redis_errors.inc, reactor)
     notifier.extend(longest_work(size_of_models(settings.fl_name, server_options)))
     if options["check_config"]:
         settings = _without_journal(settings)
-    server = Server(settings, server_options, redis, metrics, callback, reactor)
+    node_links = links if links is not None and links.encrypts_nodes else None
+    server = Server(settings, server_options, redis, metrics, callback, reactor, node_links)
     if options["check_config"]:
         click.echo(f"{path}: the configuration is good")
         return None
-    if settings.enable_ssl:
-        launch.log.warn(
-            "enable_ssl does not cover the node channel in this version: keep its port inside the subnet"
-        )
+    if settings.enable_ssl and node_links is None:
+        launch.log.warn("fedcore.node.tls is false: keep the port of the node channel inside the subnet")
+    if links is not None:
+        links.on_renewal.append(lambda: server.drop_nodes(links.is_revoked))
+    context = None if links is None else links.http
+    node_context = None if links is None else links.node_listening
     readiness = Readiness(server.checks())
     notices = launch.notices_of(settings, server.driver.heard, reactor)
     notices.follow(changes(settings.fl_name))
@@ -132,10 +135,12 @@ def build(
         configuration,
         [
             launch.Listener("device API", http, *behind_proxies(server.site, context, *proxies, reactor)),
-            launch.Listener("node channel", server.node_address, server.node_listener, stays=True),
+            launch.Listener(
+                "node channel", server.node_address, server.node_listener, node_context, stays=True
+            ),
             launch.Listener("admin", admin, admin_site(readiness, metrics)),
         ],
-        [*server.services, notices],
+        [*server.services, notices, *launch.certificate_watch(configuration, links, metrics, reactor)],
         status=lambda: server.leaving or readiness.status(server.doing()),
         follow=server.follow,
         alive=server.threads.alive,

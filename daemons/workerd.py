@@ -108,6 +108,7 @@ def build(
     told = read_options(own.options) | read_options(
         pair for text in options["options"] for pair in parse_pairs(text)
     )
+    links = launch.links_of(configuration, options, reactor)
     metrics = WorkerMetrics()
     redis = launch.redis_of(settings, metrics.redis_errors.inc, reactor)
     if options["check_config"]:
@@ -116,16 +117,15 @@ def build(
     notifier.extend(TRAINER_S)
     trainer = load_trainer(trainer_path, told, device)
     doing = _Doing()
-    worker = Worker(settings, frequency, trainer, redis, metrics, reactor, doing.tell)
-    if settings.enable_ssl:
-        launch.log.warn(
-            "enable_ssl does not cover the node channel in this version: keep its port inside the subnet"
-        )
+    node_links = links if links is not None and links.encrypts_nodes else None
+    worker = Worker(settings, frequency, trainer, redis, metrics, reactor, doing.tell, node_links)
+    if settings.enable_ssl and node_links is None:
+        launch.log.warn("fedcore.node.tls is false: keep the port of the node channel inside the subnet")
     readiness = Readiness(worker.checks())
     daemon = launch.Daemon(
         configuration,
         [launch.Listener("admin", admin, admin_site(readiness, metrics))],
-        worker.services,
+        [*worker.services, *launch.certificate_watch(configuration, links, metrics, reactor)],
         status=lambda: readiness.status(doing.text),
         follow=doing.follow,
     )

@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -97,6 +98,7 @@ class Cluster:
         self.redis_port, self.manage, self.scheduler_admin = others
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.own: dict[int, Mapping[str, Any]] = {}  # number of a server -> sections where its file differs
+        self.tls: ssl.SSLContext | None = None  # of devices and operators, see tls_files.py
         windows = {
             "start_fl_job_threshold": 2,
             "start_fl_job_time_window": 30000,
@@ -319,9 +321,15 @@ class Cluster:
         except (OSError, http.client.HTTPException):
             return None
 
+    def connect(self, port: int, timeout: float) -> http.client.HTTPConnection:
+        """Return a connection to a listener of devices or operators."""
+        if self.tls is None:
+            return http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+        return http.client.HTTPSConnection("127.0.0.1", port, timeout=timeout, context=self.tls)
+
     def operate(self, path: str, values: Mapping[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
         """Ask the scheduler to do something; return the status and the answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.manage, timeout=15)
+        connection = self.connect(self.manage, 15)
         try:
             connection.request("POST", f"/{path}", None if values is None else json.dumps(values))
             answer = connection.getresponse()
@@ -353,7 +361,7 @@ class Cluster:
 
     def post(self, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
         """POST a body; return status and answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.http, timeout=30)
+        connection = self.connect(self.http, 30)
         try:
             connection.request("POST", path, body, dict(headers or {}))
             answer = connection.getresponse()

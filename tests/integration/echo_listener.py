@@ -18,9 +18,9 @@ from twisted.internet.protocol import Protocol
 from twisted.protocols.tls import TLSMemoryBIOFactory
 
 from fedcore.errors import FedcoreError
+from fedcore.net import tls
 from fedcore.net.device_http import DeviceSite
 from fedcore.net.routes import Limits, Response, text_response
-from fedcore.net.tls import listening_context
 
 LIMIT = 24 << 20
 MODEL = 32 << 20
@@ -63,6 +63,9 @@ class Pages:
     def not_found(self) -> Response:
         return text_response(404, "nothing here")
 
+    def too_many(self) -> Response:
+        return text_response(200, "too many")
+
     def error(self, error: BaseException) -> Response:
         return text_response(error.http_status if isinstance(error, FedcoreError) else 500, str(error))
 
@@ -76,10 +79,12 @@ def main() -> None:
     routes = {f"/{name}".encode(): Echo(name) for name in ("echo", "digest", "model")}
     site: Any = DeviceSite(routes, Pages(), Limits(), 200, reactor)  # type: ignore[arg-type]
     if len(sys.argv) > 1:
-        now = datetime.now(UTC)
-        context = listening_context(
-            Path(sys.argv[1]), sys.argv[2].encode(), SUITE, now, lambda sentence: None
+        p12, password = Path(sys.argv[1]), sys.argv[2].encode()
+        sources = tls.Sources(
+            p12, p12, p12, None, SUITE, lambda: password, lambda: password, http=tls.HttpListener()
         )
+        material = tls.make(sources, lambda: datetime.now(UTC), lambda sentence: None)
+        context = tls.Links(material, reactor.seconds).http  # type: ignore[attr-defined]
         site = TLSMemoryBIOFactory(context, False, site)
     port = reactor.listenTCP(0, site, interface="127.0.0.1")  # type: ignore[attr-defined]
     stdio.StandardIO(UntilTheEnd())

@@ -224,7 +224,7 @@ class Fleet:
         """Return a connection to the devices' port of a server; nobody is there if it was killed."""
         if not self.up(n):
             raise ConnectionRefusedError(f"server {n} is not started")
-        return http.client.HTTPConnection("127.0.0.1", self.cluster.http + n, timeout=REPLY_S)
+        return self.cluster.connect(self.cluster.http + n, REPLY_S)
 
     def told(self, n: int, answered: bool) -> None:
         """Need no word of who answers: who kills servers here knows it."""

@@ -8,18 +8,16 @@ import ssl
 import subprocess
 import urllib.request
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, pkcs12
 from cryptography.x509.oid import NameOID
 from integration.cluster import Cluster, filled, wait_until
 
 from fedcore import __version__
+from fedcore.pki.authority import Issued, KeyKind, certify, lasting, make_key
 
 
 @pytest.fixture
@@ -205,39 +203,29 @@ class TestEmbedding:
         assert lines[2] == "stopping"
 
 
-def make_p12(path: Path, password: bytes) -> x509.Certificate:
-    key = ec.generate_private_key(ec.SECP384R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+def make_p12(path: Path, password: bytes) -> Issued:
+    """Write a certificate that is its own authority, as the simplest of set-ups has it."""
     now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), False)
-        .add_extension(x509.BasicConstraints(True, None), True)
-        .sign(key, hashes.SHA256())
-    )
-    path.write_bytes(
-        pkcs12.serialize_key_and_certificates(b"s", key, certificate, None, BestAvailableEncryption(password))
-    )
-    return certificate
+    key = make_key(KeyKind.EC_P256)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
+    extensions = [(names, False), (x509.BasicConstraints(True, None), True)]
+    made = Issued(key, certify(name, key, None, lasting(now, 2), extensions))
+    path.write_bytes(made.p12(password))
+    return made
 
 
 class TestTls:
     @pytest.fixture
     def secured(self, cluster: Cluster) -> Cluster:
-        certificate = make_p12(cluster.directory / "server.p12", b"secret")
-        (cluster.directory / "ca.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
+        made = make_p12(cluster.directory / "server.p12", b"secret")
+        (cluster.directory / "ca.crt").write_bytes(made.certificate_pem())
         (cluster.directory / "password").write_text("secret\n")
         text = cluster.yaml.read_text().replace("enable_ssl: false", "enable_ssl: true")
         text += (
             "ssl:\n  server_cert_path: server.p12\n  client_cert_path: server.p12\n  ca_cert_path: ca.crt\n"
             "  cipher_list: ECDHE-ECDSA-AES256-GCM-SHA384:DHE-RSA-AES256-SHA\n"
-            "fedcore.redis.tls: off\n"  # this Redis has none
+            "fedcore.redis.tls: off\nfedcore.node.tls: false\n"  # this Redis has none; a certificate for devices only
         )
         cluster.yaml.write_text(text)
         cluster.start_redis()

@@ -5,25 +5,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
-import ipaddress
 import os
 import socket
 import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, pkcs12
 from integration.echo_listener import LIMIT, MODEL
 
 from fedcore.net.device_http import LINGER_BYTES
+from fedcore.pki.authority import Role, issue, make_authority
 
 HOST = "127.0.0.1"
 DEADLINE_S = 20.0
@@ -80,18 +76,12 @@ def listening(context: ssl.SSLContext | None, *arguments: str) -> Iterator[Liste
 
 
 def certificate(directory: Path) -> tuple[Path, str]:
-    """Write a PKCS#12 file for 127.0.0.1; return it and the PEM of its certificate."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, HOST)])
+    """Write a PKCS#12 file for 127.0.0.1; return it and the PEM of its authority."""
     now = datetime.now(UTC)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=1))
-    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST))])
-    made = builder.add_extension(names, critical=False).sign(key, hashes.SHA256())
+    authority = make_authority("test", now)
     path = directory / "server.p12"
-    encryption = BestAvailableEncryption(PASSWORD)
-    path.write_bytes(pkcs12.serialize_key_and_certificates(b"test", key, made, None, encryption))
-    return path, made.public_bytes(Encoding.PEM).decode()
+    path.write_bytes(issue(authority, Role.SERVER, "test", now, hosts=[HOST]).p12(PASSWORD))
+    return path, authority.certificate_pem().decode()
 
 
 @pytest.fixture(scope="module", params=["tcp", "tls"])

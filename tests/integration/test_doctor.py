@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import yaml
-from cryptography.hazmat.primitives.serialization import Encoding
 from integration.cluster import Cluster
 from integration.redis_fixture import private_redis, sentinel_group
 from integration.test_daemons import make_p12
@@ -221,7 +220,7 @@ def test_a_redis_that_stands_still_is_not_waited_for(cluster: Cluster) -> None:
 
 def test_certificates(cluster: Cluster) -> None:
     certificate = make_p12(cluster.directory / "server.p12", b"secret")
-    (cluster.directory / "ca.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
+    (cluster.directory / "ca.crt").write_bytes(certificate.certificate_pem())
     change(
         cluster,
         enable_ssl=True,

@@ -140,7 +140,7 @@ def test_a_newcomer_with_tls_must_not_join_a_cluster_without(tmp_path: Path) -> 
                 "ca_cert_path": str(tmp_path / "ca.crt"),
                 "cipher_list": "ECDHE-ECDSA-AES256-GCM-SHA384",
             },
-            "fedcore": {"redis": {"tls": "off"}},
+            "fedcore": {"redis": {"tls": "off"}, "node": {"tls": False}},
         }
         fleet.add(2, 2)
         options = ("--server-password-file", str(tmp_path / "password"))

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import ipaddress
 import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding
 from integration.redis_fixture import DEADLINE_S, ReactorThread
 from OpenSSL import crypto
 from twisted.internet import defer, ssl
@@ -21,6 +16,7 @@ from twisted.protocols.tls import TLSMemoryBIOFactory
 
 from fedcore.net.node_client import Answer, NodeClient, PeerRefused, PeerTimeout, PeerUnreachable
 from fedcore.net.node_listener import NodeListener, Reply, Request
+from fedcore.pki.authority import Role, issue, make_authority
 from fedcore.wire.node import EMPTY, HEAD, Command
 from fedctl.processes import HOST, reserved_ports
 
@@ -31,28 +27,21 @@ ECHO, HANG, PARTIAL = Command.ROUND_REQUEST, Command.SEAL_PARTIAL, Command.READ_
 
 
 class Certified:
-    """A certificate for HOST that vouches for itself."""
+    """A certificate for HOST, and the authority that has signed it and no other."""
 
     def __init__(self) -> None:
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
         now = datetime.datetime.now(datetime.UTC)
-        day = datetime.timedelta(days=1)
-        builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        builder = builder.not_valid_before(now - day).not_valid_after(now + day)
-        names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST))])
-        builder = builder.add_extension(names, critical=False)
-        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        self.certificate = builder.sign(key, hashes.SHA256())
+        self._authority = make_authority("test", now)
+        made = issue(self._authority, Role.SERVER, "test", now, hosts=[HOST])
         self.listening = ssl.CertificateOptions(
-            privateKey=crypto.PKey.from_cryptography_key(key),
-            certificate=crypto.X509.from_cryptography(self.certificate),
+            privateKey=crypto.PKey.from_cryptography_key(made.key),
+            certificate=crypto.X509.from_cryptography(made.certificate),
         )
 
     @property
     def connecting(self) -> Any:
-        """What a client needs that trusts this certificate and no other."""
-        root = ssl.Certificate.loadPEM(self.certificate.public_bytes(Encoding.PEM))
+        """What a client needs that trusts this authority and no other."""
+        root = ssl.Certificate.loadPEM(self._authority.certificate_pem())
         return ssl.optionsForClientTLS(HOST, trustRoot=root)
 
 
@@ -76,7 +65,7 @@ class Nodes:
             max_data=MAX_DATA,
             jitter=lambda: 0.0,
             reactor=self.loop.reactor,
-            connection_creator=creator,
+            encrypt=None if creator is None else lambda host: creator,
         )
         self.loop.call(client.startService)
         self._clients.append(client)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cryptography.hazmat.primitives.serialization import Encoding
 from integration.cluster import Cluster, wait_until
 from integration.test_daemons import make_p12
 
@@ -74,7 +73,7 @@ def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Cluste
         context, options = None, ()
         if request.param == "tls":
             certificate = make_p12(tmp_path / "server.p12", b"secret")
-            (tmp_path / "ca.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
+            (tmp_path / "ca.crt").write_bytes(certificate.certificate_pem())
             (tmp_path / "password").write_text("secret\n")
             files = dict.fromkeys(("server_cert_path", "client_cert_path"), "server.p12")
             cluster.settings["enable_ssl"] = True
@@ -84,6 +83,7 @@ def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Cluste
                 "cipher_list": "ECDHE-ECDSA-AES256-GCM-SHA384",
             }
             cluster.settings["fedcore"]["redis"] = {"tls": "off"}
+            cluster.settings["fedcore"]["node"]["tls"] = False
             context = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
             options = ("--server-password-file", "password")
         cluster.yaml.write_text(yaml.safe_dump(cluster.settings))

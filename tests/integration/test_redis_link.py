@@ -6,20 +6,14 @@ configuration file.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 from integration.redis_fixture import (
     DEADLINE_S,
     PrivateRedis,
@@ -42,6 +36,7 @@ from fedcore.core.client_key import client_key
 from fedcore.core.iteration import Phase
 from fedcore.core.job import RunningState
 from fedcore.errors import ConfigError, StoreUnavailable
+from fedcore.pki.authority import Issued, Role, issue, make_authority
 from fedcore.store import notices as notices_module
 from fedcore.store import redis as redis_module
 from fedcore.store.cluster_state import ClientMeta, ClusterState, Raised, Rebased, Reserve, claim_instance
@@ -347,45 +342,19 @@ class Authority:
     def __init__(self, directory: Path) -> None:
         directory.mkdir()
         self.directory = directory
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, directory.name)])
-        constraints = x509.BasicConstraints(ca=True, path_length=None)
-        own = self._builder(self._name, self._key).add_extension(constraints, critical=True)
-        self.file = self._write("ca.crt", own.sign(self._key, hashes.SHA256()))
+        self._own = make_authority(directory.name, datetime.now(UTC))
+        self.file = self._write("ca.crt", self._own)
 
     def issue(self, name: str, *hosts: str) -> tuple[str, str]:
         """Sign a certificate for names and IP addresses; return its file and its key's."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        names = x509.SubjectAlternativeName([self._general(host) for host in hosts or (name,)])
-        builder = self._builder(subject, key).add_extension(names, critical=False)
-        certificate = self._write(f"{name}.crt", builder.sign(self._key, hashes.SHA256()))
+        made = issue(self._own, Role.SERVER, name, datetime.now(UTC), hosts=hosts or [name])
         key_file = self.directory / f"{name}.key"
-        key_file.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        return certificate, str(key_file)
+        key_file.write_bytes(made.key_pem())
+        return self._write(f"{name}.crt", made), str(key_file)
 
-    def _builder(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-        now = datetime.now(UTC)
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self._name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(days=1))
-            .not_valid_after(now + timedelta(days=1))
-        )
-
-    @staticmethod
-    def _general(host: str) -> x509.GeneralName:
-        try:
-            return x509.IPAddress(ipaddress.ip_address(host))
-        except ValueError:
-            return x509.DNSName(host)
-
-    def _write(self, name: str, certificate: x509.Certificate) -> str:
+    def _write(self, name: str, issued: Issued) -> str:
         file = self.directory / name
-        file.write_bytes(certificate.public_bytes(Encoding.PEM))
+        file.write_bytes(issued.certificate_pem())
         return str(file)
 
 

@@ -328,7 +328,7 @@ def encrypt(cluster: Cluster) -> None:
     """Have the listeners speak TLS, with the certificate in server.p12."""
     files = dict.fromkeys(("server_cert_path", "client_cert_path", "ca_cert_path"), "server.p12")
     change(cluster, enable_ssl=True, ssl=files | {"cipher_list": "ECDHE-ECDSA-AES256-GCM-SHA384"})
-    change(cluster, fedcore={"redis": {"tls": "off"}})
+    change(cluster, fedcore={"redis": {"tls": "off"}, "node": {"tls": False}})
 
 
 def served_certificate(port: int) -> bytes:

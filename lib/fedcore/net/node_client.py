@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from cryptography import x509
 from twisted.application.service import Service
 from twisted.internet import defer, error, protocol, task
 from twisted.internet.abstract import isIPAddress, isIPv6Address
@@ -30,13 +31,15 @@ from twisted.internet.endpoints import (
     TCP6ClientEndpoint,
     wrapClientTLS,
 )
-from twisted.internet.interfaces import IOpenSSLClientConnectionCreator
+from twisted.internet.interfaces import IHandshakeListener
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from fedcore.core.backoff import reconnect_delay
 from fedcore.errors import PeerError
 from fedcore.net.outbox import Outbox
+from fedcore.net.tls import explain
 from fedcore.wire.node import (
     MAX_DATA,
     Frame,
@@ -51,6 +54,9 @@ from fedcore.wire.node import (
 CONNECT_TIMEOUT_S = 3.0
 IDLE_TIMEOUT_S = 60.0  # how long a connection is kept that nobody needs
 STALL_TIMEOUT_S = 30.0  # for a node to take some of what it is sent
+
+
+_TLS_REMEDY = "There was no TLS: enable_ssl and fedcore.node.tls must be the same on all nodes."
 
 
 class PeerUnreachable(PeerError):
@@ -103,7 +109,7 @@ class NodeClient(Service):
         max_data: int = MAX_DATA,
         jitter: Callable[[], float],
         reactor: Any,
-        connection_creator: IOpenSSLClientConnectionCreator | None = None,
+        encrypt: Callable[[str], Any] | None = None,
         connect_timeout: float = CONNECT_TIMEOUT_S,
         idle_timeout: float = IDLE_TIMEOUT_S,
     ) -> None:
@@ -115,14 +121,14 @@ class NodeClient(Service):
             max_data: bytes of data in the longest reply.
             jitter: gives 0..1, for the time between attempts to connect.
             reactor: for connections and time.
-            connection_creator: of TLS connections, None for plain TCP.
+            encrypt: given the host of an address, makes the creator of TLS connections to it; None for plain TCP.
             connect_timeout: seconds.
             idle_timeout: seconds after which an unused connection is closed.
         """
         self.reactor = reactor
         self.max_data = max_data
         self.jitter = jitter
-        self.connection_creator = connection_creator
+        self.encrypt = encrypt
         self.connect_timeout = connect_timeout
         self.idle_timeout = idle_timeout
         self._node_id = node_id
@@ -183,6 +189,11 @@ class NodeClient(Service):
             raise PeerRefused(reply.meta.response_error)
         return Answer(reply.data, reply.meta, reply.kind)
 
+    def drop(self, unwanted: Callable[[x509.Certificate], bool]) -> None:
+        """Close the connections to nodes whose certificate is not wanted any more."""
+        for link in self._links.values():
+            link.drop(unwanted)
+
     def forget(self, address: str) -> None:
         """Drop the connection to an address, what is under way on it, and the memory of failures."""
         link = self._links.pop(address, None)
@@ -236,7 +247,7 @@ class _Link:
     def __init__(self, client: NodeClient, address: str) -> None:
         self.client = client
         self.address = address
-        self._endpoint = _endpoint(client, address)
+        self._endpoint, self._creator = _endpoint(client, address)
         self._connection: _Asked | None = None
         self._attempt: defer.Deferred[Any] | None = None
         self._waiters: list[defer.Deferred[_Asked]] = []
@@ -276,6 +287,12 @@ class _Link:
             connection.end("it was closed here")
         return defer.DeferredList([connection.gone for connection in connections])
 
+    def drop(self, unwanted: Callable[[x509.Certificate], bool]) -> None:
+        """Close the connections on which the node has shown a certificate that is not wanted any more."""
+        for connection in list(self._open):
+            if connection.certificate is not None and unwanted(connection.certificate):
+                connection.end("its certificate is revoked", failed=True)
+
     def retire(self, connection: _Asked) -> None:
         """Begin no other request on a connection."""
         if self._connection is connection:
@@ -300,6 +317,13 @@ class _Link:
     def closed(self, connection: _Asked) -> None:
         """Take note that a connection is closed."""
         self._open.discard(connection)
+
+    def explain(self, reason: Failure, shaken: bool) -> str:
+        """Say why a connection is over, given whether a handshake of TLS was done."""
+        if self._creator is None or shaken:
+            return explain(reason.value) or reason.getErrorMessage()
+        fault = explain(reason.value, getattr(self._creator, "refusal", ""))
+        return fault or f"{reason.getErrorMessage()} {_TLS_REMEDY}"
 
     def unreachable(self, reason: str, refused: bool = False) -> PeerUnreachable:
         """Make the exception."""
@@ -341,6 +365,7 @@ class _Link:
                 end(waiter)
 
 
+@implementer(IHandshakeListener)
 class _Asked(protocol.Protocol):
     """A connection to another node.
 
@@ -358,6 +383,8 @@ class _Asked(protocol.Protocol):
         self._reader = FrameReader(link.client.max_data)
         self._outbox: Outbox
         self._pending: dict[int, defer.Deferred[Frame]] = {}
+        self.certificate: x509.Certificate | None = None  # that the node has shown, verified
+        self._shaken = False  # whether the handshake of TLS is done
         self._heard = False
         self._retired = False
         self._idle: Any = None
@@ -371,9 +398,15 @@ class _Asked(protocol.Protocol):
         self._rest()
 
     def connectionLost(self, reason: Failure = protocol.connectionDone) -> None:
-        self._end(reason.getErrorMessage(), failed=not self._heard)
+        self._end(self._link.explain(reason, self._shaken), failed=not self._heard)
         self._link.closed(self)
         self.gone.callback(None)
+
+    def handshakeCompleted(self) -> None:
+        """Know that both sides speak TLS, and who the node is."""
+        self._shaken = True
+        shown = self.transport.getPeerCertificate()
+        self.certificate = None if shown is None else shown.to_cryptography()
 
     def dataReceived(self, data: bytes) -> None:
         self._reader.receive(data)
@@ -458,12 +491,12 @@ def _stopped(address: str) -> PeerUnreachable:
     return PeerUnreachable(f"node at {address} is not asked: this node is stopping")
 
 
-def _endpoint(client: NodeClient, address: str) -> Any:
-    """Return how to connect to ``host:port``, None if the address is none."""
+def _endpoint(client: NodeClient, address: str) -> tuple[Any, Any]:
+    """Return how to connect to ``host:port``, None if the address is none, and what makes the TLS, None for none."""
     host, _, digits = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not (host and re.fullmatch("[0-9]{1,5}", digits) and 0 < int(digits) < 65536):
-        return None
+        return None, None
     port, reactor, timeout = int(digits), client.reactor, client.connect_timeout
     endpoint: Any
     if isIPAddress(host):  # no need to ask the resolver, which uses threads
@@ -472,6 +505,7 @@ def _endpoint(client: NodeClient, address: str) -> Any:
         endpoint = TCP6ClientEndpoint(reactor, host, port, timeout)
     else:
         endpoint = HostnameEndpoint(reactor, host, port, timeout)
-    if client.connection_creator is not None:
-        endpoint = wrapClientTLS(client.connection_creator, endpoint, reactor)
-    return endpoint
+    if client.encrypt is None:
+        return endpoint, None
+    creator = client.encrypt(host)
+    return wrapClientTLS(creator, endpoint, reactor), creator

@@ -10,9 +10,11 @@ Rules kept here:
   under way. Beyond that, and while the peer does not read its replies, its requests are left unread.
 * Neither a handshake, nor the rest of a frame, nor a peer that does not read is waited for longer than FRAME_TIMEOUT_S.
 * Other than that a connection may be idle for ever: workers keep one open.
+* With TLS a node is who its certificate says: a request is refused if the host in its sender's id, or where the id
+  tells none (workers) the host that it comes from, is not in the certificate. Without TLS an id is only a word.
 
 What the commands mean is for the handlers; what a frame is, for ``wire/node.py``; the other end is in
-``node_client.py``. Who the peer is by its certificate is not asked: node ids are only compared.
+``node_client.py``.
 
 Source: MindSpore Federated 0.1, TCP protocol between nodes.
 """
@@ -23,14 +25,18 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cryptography import x509
 from twisted.internet import defer, protocol
 from twisted.internet.interfaces import IAddress, IHandshakeListener, ISSLTransport
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from fedcore.core.node_id import host_of
 from fedcore.errors import FedcoreError
 from fedcore.net.outbox import Outbox
+from fedcore.net.tls import explain
+from fedcore.pki.chain import fits, names_of
 from fedcore.wire.node import (
     MAX_DATA,
     Frame,
@@ -43,6 +49,9 @@ from fedcore.wire.node import (
 )
 
 WRONG_NODE = "expect recv node"  # how the refusal of a request begins that is meant for another node
+FOREIGN_CERTIFICATE = (
+    "the certificate of this connection is not one of"  # how a refusal of a node's id begins
+)
 IN_FLIGHT = 16  # requests of one connection under way
 FRAME_TIMEOUT_S = 30.0  # for a handshake, the rest of a frame, and a peer to take some of its replies
 WARNING_INTERVAL_S = 10.0  # between two warnings about peers
@@ -97,6 +106,7 @@ class NodeListener(protocol.Factory):
         max_connections: int,
         allowed: Callable[[str], bool],
         reactor: Any,
+        names_fit: Callable[[frozenset[str], str], bool] = fits,
     ) -> None:
         """Prepare to listen; for TLS, wrap the factory.
 
@@ -108,8 +118,11 @@ class NodeListener(protocol.Factory):
             max_connections: more are closed at once.
             allowed: peer's host -> whether it may connect.
             reactor: for the time.
+            names_fit: whether a certificate with these names, as ``names_of`` gives them, may be used by a host; only
+                asked with TLS.
         """
         self.connections: set[_Served] = set()
+        self._names_fit = names_fit
         self.reactor = reactor
         self.max_data = max_data
         self._node_id = node_id
@@ -148,9 +161,28 @@ class NodeListener(protocol.Factory):
         self._rest()
         return stopped.addCallback(lambda _: abort.cancel() if abort.active() else None)
 
-    async def answer(self, request: Request) -> tuple[bytes, memoryview]:
+    def drop(self, unwanted: Callable[[x509.Certificate], bool]) -> None:
+        """Close the connections of peers whose certificate is not wanted any more."""
+        for connection in list(self.connections):
+            if connection.certificate is not None and unwanted(connection.certificate):
+                self.warn("a node", connection.peer, "its certificate is revoked")
+                connection.abort()
+
+    async def answer(
+        self, request: Request, certificate: x509.Certificate | None = None
+    ) -> tuple[bytes, memoryview]:
         """Have a request handled; return the reply's frame."""
         meta = request.meta
+        if certificate is not None and not self._is_bearer(request, certificate):
+            names = ", ".join(sorted(names_of(certificate))) or "no name"
+            self.log.warn(
+                "refused a request of {node}: its certificate is for {names}, and none of them is in "
+                "fedcore.node.tls_names",
+                node=meta.send_node,
+                names=names,
+                peer=request.peer,
+            )
+            return _error(meta, f"{FOREIGN_CERTIFICATE} {meta.send_node} at {request.peer}")
         if meta.recv_node not in ("", self._node_id):
             return _error(meta, f"{WRONG_NODE} {meta.recv_node} != actual node {self._node_id}")
         handler = self._handlers.get(meta.cmd)
@@ -164,6 +196,11 @@ class NodeListener(protocol.Factory):
         except Exception:
             self.log.failure("a request of a node failed", cmd=meta.cmd)
             return _error(meta, "inner error")
+
+    def _is_bearer(self, request: Request, certificate: x509.Certificate) -> bool:
+        """Tell whether a certificate is one of the host in a node's id; workers' ids tell none: of where they are."""
+        host = host_of(request.meta.send_node) or request.peer
+        return self._names_fit(names_of(certificate), host)
 
     def warn(self, what: str, peer: str, reason: str) -> None:
         """Log a warning about a peer, not too often."""
@@ -212,8 +249,9 @@ class _Served(protocol.Protocol):
     transport: Any
 
     def __init__(self, listener: NodeListener, peer: str) -> None:
+        self.peer = peer
+        self.certificate: x509.Certificate | None = None  # that the peer has shown, verified
         self._listener = listener
-        self._peer = peer
         self._reader = FrameReader(listener.max_data)
         self._outbox: Outbox
         self._requests = 0  # under way
@@ -222,6 +260,7 @@ class _Served(protocol.Protocol):
         self._starting = False
         self._finishing = False
         self._gone = False
+        self._shaken = False  # whether the handshake of TLS is done
         self._late: Any = None
 
     def connectionMade(self) -> None:
@@ -235,13 +274,19 @@ class _Served(protocol.Protocol):
             self._late = self._listener.reactor.callLater(FRAME_TIMEOUT_S, self._frame_is_late)
 
     def handshakeCompleted(self) -> None:
-        """Know that the peer speaks TLS; from now on it may be idle."""
+        """Know that the peer speaks TLS, and who it is; from now on it may be idle."""
+        self._shaken = True
+        shown = self.transport.getPeerCertificate()
+        self.certificate = None if shown is None else shown.to_cryptography()
         self._stop_waiting()
 
     def connectionLost(self, reason: Failure = protocol.connectionDone) -> None:
         self._gone = True
         self._outbox.close()
         self._stop_waiting()
+        fault = "" if self._shaken else explain(reason.value)
+        if fault:
+            self._listener.warn("a node without a good handshake", self.peer, fault)
         self._leave()
 
     def dataReceived(self, data: bytes) -> None:
@@ -275,7 +320,7 @@ class _Served(protocol.Protocol):
         try:
             begun = self._begin_requests()
         except MalformedFrame as fault:
-            self._listener.warn("a node that sends no frames", self._peer, str(fault))
+            self._listener.warn("a node that sends no frames", self.peer, str(fault))
             self.abort()
             return
         finally:
@@ -303,7 +348,8 @@ class _Served(protocol.Protocol):
 
     async def _serve(self, frame: Frame) -> None:
         try:
-            parts = await self._listener.answer(Request(frame.meta, frame.data, self._peer, frame.kind))
+            request = Request(frame.meta, frame.data, self.peer, frame.kind)
+            parts = await self._listener.answer(request, self.certificate)
         finally:
             self._requests -= 1
             self._bytes -= len(frame.data)
@@ -338,11 +384,11 @@ class _Served(protocol.Protocol):
             self._late = None
 
     def _frame_is_late(self) -> None:
-        self._listener.warn("a slow node", self._peer, "what it had begun did not arrive in time")
+        self._listener.warn("a slow node", self.peer, "what it had begun did not arrive in time")
         self.abort()
 
     def _stalled(self) -> None:
-        self._listener.warn("a node that does not read", self._peer, "it takes no replies")
+        self._listener.warn("a node that does not read", self.peer, "it takes no replies")
         self.abort()
 
     def _finish(self) -> None:

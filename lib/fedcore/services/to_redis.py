@@ -6,6 +6,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from twisted.internet import endpoints
+from twisted.internet.interfaces import IStreamClientEndpoint
+from twisted.logger import Logger
+from zope.interface import implementer
 
 from fedcore.config import Settings, UnixAddress
 from fedcore.config.crosscheck import redis_has_tls
@@ -15,6 +18,8 @@ from fedcore.store.link import Access
 from fedcore.store.sentinel import Sentinel, SentinelEndpoint
 
 SENTINEL_TIMEOUT_S = 2.0  # for each; a dead one shall not hold up the fail-over that it is part of
+log = Logger()
+
 Moved = Callable[[], Awaitable[bool]] | None
 
 
@@ -59,6 +64,22 @@ def _to_host(settings: Settings, reactor: Any) -> Callable[[str, int], Any]:
             cache.cert_filename,
             cache.private_key_filename,
             cache.server_name,
-        )
+        ),
+        lambda sentence: log.warn("{warning}", warning=sentence),
     )
-    return lambda host, port: endpoints.wrapClientTLS(context(host), plain(host, port))
+    # the context is asked for at each connection, as its files may have been exchanged
+    return lambda host, port: _Encrypted(context, host, plain(host, port))
+
+
+@implementer(IStreamClientEndpoint)
+class _Encrypted:
+    """An endpoint with TLS whose certificates are those of the moment."""
+
+    def __init__(self, context: Callable[[str], Any], host: str, plain: Any) -> None:
+        self._context = context
+        self._host = host
+        self._plain = plain
+
+    def connect(self, factory: Any) -> Any:
+        endpoint: Any = endpoints.wrapClientTLS(self._context(self._host), self._plain)
+        return endpoint.connect(factory)

@@ -21,6 +21,7 @@ from fedcore.core import worker as core
 from fedcore.core.worker import Event, Remark, Step
 from fedcore.errors import ArrayError, ConfigError, FedcoreError, NonFinite, StoreError
 from fedcore.net.node_client import NodeClient
+from fedcore.net.tls import Links
 from fedcore.observe.metrics import WorkerMetrics
 from fedcore.services.worker_client import Answer, Round, WorkerClient
 from fedcore.services.worker_registration import WorkerRegistration
@@ -131,6 +132,7 @@ class Worker(Service):
         metrics: WorkerMetrics,
         reactor: Any,
         status: Callable[[str], None] = lambda text: None,
+        links: Links | None = None,
     ) -> None:
         """Build a worker; nothing is started.
 
@@ -142,6 +144,7 @@ class Worker(Service):
             metrics: of this daemon.
             reactor: for time and connections.
             status: is told every second, in a few words, what the worker is about.
+            links: TLS of the node channel, None if it has none.
 
         Raises:
             ConfigError: servers of this job serve no workers.
@@ -162,6 +165,7 @@ class Worker(Service):
             max_data=max(MAX_DATA, longest),
             jitter=random.random,
             reactor=reactor,
+            encrypt=links.node_connecting if links is not None else None,
         )
         window = settings.round.global_iteration_time_window
         self.registration = WorkerRegistration(redis, settings.fl_name, worker_id, window, reactor)

@@ -9,14 +9,13 @@ import threading
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from scripted_server import ScriptedServer
 
 from fedclient import transport
 from fedclient.transport import HttpTransport, MemoryTransport, Server
 from fedcore.errors import ConfigError
+from fedcore.pki.authority import Issued, KeyKind, certify, lasting, make_key
 
 
 def echo(path, headers, body):
@@ -291,25 +290,14 @@ def test_close_wakes_a_connection_attempt(connect):
 
 def certificate(directory, address):
     """Make a self-signed certificate of an IP address; return the file of certificate and key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
     now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))]), False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
-        .sign(key, hashes.SHA256())
-    )
+    key = make_key(KeyKind.EC_P256)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])
+    extensions = [(names, False), (x509.BasicConstraints(ca=True, path_length=None), True)]
+    made = Issued(key, certify(name, key, None, lasting(now, 2), extensions))
     file = directory / f"{address}.pem"
-    encoding = serialization.Encoding.PEM
-    secret = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    file.write_bytes(made.public_bytes(encoding) + secret)
+    file.write_bytes(made.certificate_pem() + made.key_pem())
     return file
 
 

@@ -13,9 +13,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
 from OpenSSL import SSL, crypto
 from twisted.internet import defer, ssl, tcp
 from twisted.internet.testing import MemoryReactorClock
@@ -26,6 +23,7 @@ from twisted.python.failure import Failure
 from fedcore.errors import FedcoreError
 from fedcore.net.device_http import DeviceSite
 from fedcore.net.routes import Limits, Response, text_response
+from fedcore.pki.authority import Role, issue, make_authority
 
 LIMIT = 1000
 PLENTY = 1 << 40
@@ -158,6 +156,9 @@ class FakePages:
 
     def not_found(self) -> Response:
         return text_response(404, "nothing here")
+
+    def too_many(self) -> Response:
+        return text_response(200, "too many")
 
     def error(self, error: BaseException) -> Response:
         return text_response(error.http_status if isinstance(error, FedcoreError) else 500, str(error))
@@ -354,14 +355,11 @@ class TlsPeer(Peer):
 @functools.cache
 def server_context() -> ssl.CertificateOptions:
     """A server's context with a certificate of its own making."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
     now = datetime.datetime.now(datetime.UTC)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
+    made = issue(make_authority("test", now), Role.SERVER, "test", now)
     return ssl.CertificateOptions(
-        privateKey=crypto.PKey.from_cryptography_key(key),
-        certificate=crypto.X509.from_cryptography(builder.sign(key, hashes.SHA256())),
+        privateKey=crypto.PKey.from_cryptography_key(made.key),
+        certificate=crypto.X509.from_cryptography(made.certificate),
     )
 
 

@@ -225,3 +225,10 @@ def test_endless_wrapping_is_refused(first: bytes, more: bytes) -> None:
 def test_the_smallest_chunks_are_no_endless_wrapping() -> None:
     content = bytes(range(256)) * 40
     assert take(*(b"1\r\n%c\r\n" % byte for byte in content), b"0\r\n\r\n", limit=len(content)) == content
+
+
+def test_what_follows_a_body_in_chunks_is_never_looked_at() -> None:
+    """Not even where the parser has a word of its own for it: an upgrade, a CONNECT."""
+    upgrade = b"POST / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    for follows in (upgrade, b"CONNECT h:1 HTTP/1.1\r\n\r\n", b"\0\xff nonsense"):
+        assert take(b"2\r\nab\r\n0\r\n\r\n" + follows, limit=9) == b"ab"

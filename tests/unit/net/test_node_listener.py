@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from unit.net.rig import Peer, TlsPeer, server_context
 
 from fedcore.errors import LocalError, PeerError
 from fedcore.net.node_listener import (
+    FOREIGN_CERTIFICATE,
     FRAME_TIMEOUT_S,
     IN_FLIGHT,
     WARNING_INTERVAL_S,
@@ -22,6 +24,8 @@ from fedcore.net.node_listener import (
     Reply,
     Request,
 )
+from fedcore.pki.authority import Role, issue, make_authority
+from fedcore.pki.chain import fits
 from fedcore.wire.node import EMPTY, ERROR_LIMIT, HEAD, Frame, FrameReader, Meta, PayloadKind, encode
 
 NODE = "10.0.0.1:9000"
@@ -473,3 +477,67 @@ def test_stopping_without_connections_is_done_at_once(rig: NodeRig) -> None:
     done: list[Any] = []
     rig.site.stop(5.0).addCallback(done.append)
     assert done == [None] and not rig.reactor.getDelayedCalls()
+
+
+class TestBearers:
+    """Who may speak under which id with which certificate."""
+
+    CA = make_authority("fl CA", datetime.now(UTC))
+
+    def answer(self, sender: str, peer: str, *hosts: str, names: frozenset[str] = frozenset()) -> str:
+        """Return the error of the answer to who shows a certificate for these hosts."""
+        shown = issue(self.CA, Role.CLIENT, "node", datetime.now(UTC), hosts=hosts).certificate
+        rig = NodeRig(NodePeer)
+        listener = NodeListener(
+            NODE,
+            {ECHO: rig.handlers.table[ECHO]},
+            max_connections=1,
+            allowed=lambda host: True,
+            reactor=rig.reactor,
+            names_fit=lambda own, host: fits(own, host) or not own.isdisjoint(names),
+        )
+        request = Request(Meta(ECHO, 1, send_node=sender), b"", peer)
+        answered = defer.Deferred.fromCoroutine(listener.answer(request, shown))
+        reader = FrameReader(MAX_DATA)
+        for part in self.result_of(answered):
+            reader.receive(bytes(part))
+        frame = reader.next_frame()
+        assert frame is not None
+        return frame.meta.response_error
+
+    @staticmethod
+    def result_of(answered: Any) -> Any:
+        results: list[Any] = []
+        answered.addCallback(results.append)
+        return results[0]
+
+    @pytest.mark.parametrize(
+        ("sender", "peer", "hosts"),
+        [
+            ("10.0.0.5:6766::2026-01-01::1", "10.0.0.5", ["10.0.0.5"]),
+            ("10.0.0.5:6766::2026-01-01::1", "127.0.0.1", ["10.0.0.5"]),  # a server is where its id says
+            ("[fd00::5]:6766::2026-01-01::1", "fd00::5", ["fd00::5"]),
+            ("fl1.example:6766::2026-01-01::1", "10.0.0.5", ["FL1.example"]),
+            ("worker_fl_2026::1", "10.0.0.7", ["10.0.0.7"]),
+        ],
+    )
+    def test_those_whose_host_is_in_their_certificate(self, sender: str, peer: str, hosts: list[str]) -> None:
+        assert not self.answer(sender, peer, *hosts)
+
+    @pytest.mark.parametrize(
+        ("sender", "peer", "hosts"),
+        [
+            ("10.0.0.5:6766::2026-01-01::1", "10.0.0.6", ["10.0.0.6"]),  # a node that poses as another one
+            ("10.0.0.5:6766::2026-01-01::1", "10.0.0.5", []),
+            ("worker_fl_2026::1", "10.0.0.7", ["10.0.0.8"]),
+            ("worker_fl_2026::1", "10.0.0.7", []),  # an operator's or a device's certificate
+            ("", "10.0.0.7", []),
+        ],
+    )
+    def test_nobody_else(self, sender: str, peer: str, hosts: list[str]) -> None:
+        assert self.answer(sender, peer, *hosts) == f"{FOREIGN_CERTIFICATE} {sender} at {peer}"
+
+    def test_one_certificate_for_all(self) -> None:
+        sender, names = "10.0.0.5:6766::2026-01-01::1", frozenset({"mindsporefederated"})
+        assert not self.answer(sender, "10.0.0.5", "MindSporeFederated", names=names)
+        assert self.answer(sender, "10.0.0.5", "MindSporeFederated")

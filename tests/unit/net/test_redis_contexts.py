@@ -3,44 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-)
-from cryptography.x509.oid import NameOID
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.testing import StringTransport
+from twisted.protocols.tls import TLSMemoryBIOFactory
 
 from fedcore.errors import ConfigError
 from fedcore.net.tls import RedisFiles, redis_contexts
-
-
-def write_key(path: Path, key: ec.EllipticCurvePrivateKey, password: bytes = b"") -> str:
-    protection = BestAvailableEncryption(password) if password else NoEncryption()
-    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, protection))
-    return str(path)
+from fedcore.pki.authority import Issued, make_authority
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> RedisFiles:
+def own() -> Issued:
     """A certificate that is its own CA, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "redis")])
-    now = datetime.now(UTC)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
-    certificate = builder.sign(key, hashes.SHA256())
-    (tmp_path / "ca.crt").write_bytes(certificate.public_bytes(Encoding.PEM) * 2)
+    return make_authority("redis", datetime.now(UTC))
+
+
+@pytest.fixture
+def files(tmp_path: Path, own: Issued) -> RedisFiles:
+    (tmp_path / "ca.crt").write_bytes(own.certificate_pem() * 2)
+    (tmp_path / "own.key").write_bytes(own.key_pem())
     return RedisFiles(
         cacert_filename=str(tmp_path / "ca.crt"),
         cert_filename=str(tmp_path / "ca.crt"),
-        private_key_filename=write_key(tmp_path / "own.key", key),
+        private_key_filename=str(tmp_path / "own.key"),
     )
 
 
@@ -68,15 +58,17 @@ def test_a_file_that_holds_something_else_is_named(files: RedisFiles, name: str,
 
 
 def test_a_key_must_be_that_of_the_certificate(files: RedisFiles, tmp_path: Path) -> None:
-    other = write_key(tmp_path / "other.key", ec.generate_private_key(ec.SECP256R1()))
+    other = tmp_path / "other.key"
+    other.write_bytes(make_authority("other", datetime.now(UTC)).key_pem())
     with pytest.raises(ConfigError, match=r"private_key_filename is not that of"):
-        redis_contexts(replace(files, private_key_filename=other))
+        redis_contexts(replace(files, private_key_filename=str(other)))
 
 
-def test_a_key_with_a_password_is_told(files: RedisFiles, tmp_path: Path) -> None:
-    locked = write_key(tmp_path / "locked.key", ec.generate_private_key(ec.SECP256R1()), b"secret")
+def test_a_key_with_a_password_is_told(files: RedisFiles, own: Issued, tmp_path: Path) -> None:
+    locked = tmp_path / "locked.key"
+    locked.write_bytes(own.key_pem(b"secret"))
     with pytest.raises(ConfigError, match="no PEM private key without a password"):
-        redis_contexts(replace(files, private_key_filename=locked))
+        redis_contexts(replace(files, private_key_filename=str(locked)))
 
 
 def test_a_folder_of_hashed_names(files: RedisFiles, tmp_path: Path) -> None:
@@ -91,3 +83,26 @@ def test_a_folder_of_hashed_names(files: RedisFiles, tmp_path: Path) -> None:
         redis_contexts(for_folder)
     (folder / "0a1b2c3d.0").write_bytes(Path(files.cacert_filename).read_bytes())
     assert redis_contexts(for_folder)("redis") is not None
+
+
+def test_changed_files_are_read_before_the_next_connection_and_bad_ones_change_nothing(
+    files: RedisFiles, tmp_path: Path
+) -> None:
+    warnings: list[str] = []
+    contexts = redis_contexts(files, warnings.append)
+
+    def shown() -> object:
+        factory: Any = TLSMemoryBIOFactory(contexts("redis.example"), True, Factory.forProtocol(Protocol))
+        wrapper = factory.buildProtocol(None)
+        wrapper.makeConnection(StringTransport())
+        return wrapper.getHandle().get_certificate().to_cryptography()
+
+    first = shown()
+    (tmp_path / "ca.crt").write_text("nonsense")
+    assert shown() == first == shown()
+    assert len(warnings) == 1 and "the certificates for Redis stay as they were: " in warnings[0]
+    new = make_authority("redis", datetime.now(UTC))
+    (tmp_path / "own.key").write_bytes(new.key_pem())
+    (tmp_path / "ca.crt").write_bytes(new.certificate_pem())
+    assert shown() == new.certificate != first
+    assert len(warnings) == 1
