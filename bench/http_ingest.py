@@ -109,6 +109,9 @@ def fedcore_site(reactor: Any) -> Any:
         def not_found(self) -> Response:
             return text_response(404, "no such path")
 
+        def too_many(self) -> Response:
+            return text_response(200, "too many")
+
         def error(self, error: BaseException) -> Response:
             return text_response(500, str(error))
 

@@ -3,7 +3,8 @@
     python bench/upload_stages.py                    LeNet-5, 66,404 values
     python bench/upload_stages.py --floats 5000000 --updates 40
 
-The last line is the plain sum in memory that a server without a ledger would do.
+Lines in brackets are no part of the sum: what takes the place of the check of finiteness where
+fedcore.update.norm_bound is set, and the plain sum in memory that a server without a ledger would do.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from cluster_load import LENET
 
+from fedcore.aggregation.bounds import Sent, distance
 from fedcore.aggregation.sums import Spans
 from fedcore.ledger.files import create_file
 from fedcore.ledger.layout import Epoch, Shape
@@ -27,7 +29,7 @@ from fedcore.services.answers import Answers
 from fedcore.services.client_api import update_limit
 from fedcore.services.ledgers import update_of
 from fedcore.wire import codec
-from fedcore.wire.arrays import Layout, check_update
+from fedcore.wire.arrays import Layout, check_shapes, check_update
 from fedcore.wire.messages import FeatureMap, RequestUpdateModel
 
 SLOTS = 16
@@ -55,6 +57,7 @@ def run(shapes: dict[str, tuple[int, ...]], updates: int, directory: Path) -> di
     ledger = Ledger.create(create_file(directory, "bench", shape.size), model, shape)
     maps = tuple(FeatureMap(name, values.reshape(-1)) for name, values in arrays.items())
     bodies = [codec.encode(RequestUpdateModel("bench", f"client-{i}", 1, maps, "1")) for i in range(updates)]
+    flat = {name: values.reshape(-1) for name, values in arrays.items()}
     sums, spans = np.zeros(model.total_floats), list(Spans(model))
     stages = Stages()
     for epoch in (1, 2):  # the first warms up caches and pages
@@ -82,6 +85,9 @@ def run(shapes: dict[str, tuple[int, ...]], updates: int, directory: Path) -> di
                     ledger.reuse(each)
             with stages.stage("answer"):
                 Answers.update(200, "success not ready", 1_700_000_000_000)
+            with stages.stage("(with norm_bound: names, sizes, distance)"):
+                check_shapes(model, update.weights)
+                distance(update.weights, flat, lambda name: Sent.PRODUCT, 7)
             with stages.stage("(plain float64 sum in memory)"):
                 for name, span in spans:
                     np.add(sums[span], update.weights[name], out=sums[span])
@@ -110,9 +116,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             spent = measure(Path(folder))
     for name, seconds in spent.items():
-        print(f"{name:34} {1e6 * seconds / arguments.updates:10.1f} us")
+        print(f"{name:42} {1e6 * seconds / arguments.updates:10.1f} us")
     own = sum(seconds for name, seconds in spent.items() if not name.startswith("("))
-    print(f"{'all of these':34} {1e6 * own / arguments.updates:10.1f} us")
+    print(f"{'all of these':42} {1e6 * own / arguments.updates:10.1f} us")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import ssl
 import urllib.error
 import urllib.request
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,38 @@ class Unanswered(click.ClickException):
     """The scheduler cannot be reached or refuses; one line, exit code 1."""
 
 
-def ask(scheduler: str, path: str, ca_file: str | None = None) -> dict[str, Any]:
-    """GET a route of a scheduler.
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """What shows that somebody may change a job.
+
+    Attributes:
+        token: of the scheduler, "" for none.
+        certificate: PEM file of a certificate and its key, None for none.
+    """
+
+    token: str = field(default="", repr=False)
+    certificate: str | None = None
+
+
+NOBODY = Operator()
+
+
+def ask(
+    scheduler: str,
+    path: str,
+    ca_file: str | None = None,
+    *,
+    body: bytes | None = None,
+    operator: Operator = NOBODY,
+) -> dict[str, Any]:
+    """GET a route of a scheduler, or POST to it.
 
     Args:
         scheduler: its URL.
         path: with its slash.
         ca_file: PEM file of the authorities that may have signed its certificate; None: those of the system.
+        body: to be sent by POST, None for a GET.
+        operator: who asks.
 
     Returns:
         The answer.
@@ -49,11 +75,16 @@ def ask(scheduler: str, path: str, ca_file: str | None = None) -> dict[str, Any]
         Unanswered: it cannot be reached, refuses, or answers with something else than JSON.
     """
     try:
+        context = ssl.create_default_context(cafile=ca_file)
+        if operator.certificate is not None:
+            context.load_cert_chain(operator.certificate)
         opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}),  # a cluster is next door
-            urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=ca_file)),
+            urllib.request.HTTPSHandler(context=context),
         )
-        with opener.open(scheduler.rstrip("/") + path, timeout=TIMEOUT_S) as reply:
+        headers = {"Authorization": f"Bearer {operator.token}"} if operator.token else {}
+        request = urllib.request.Request(scheduler.rstrip("/") + path, body, headers)
+        with opener.open(request, timeout=TIMEOUT_S) as reply:
             return _object(scheduler, reply.read())
     except urllib.error.HTTPError as error:
         with error:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fedcore.aggregation.arithmetic import Array
+from fedcore.aggregation.bounds import Sent
 from fedcore.aggregation.rule import Previous, Total
 from fedcore.wire.arrays import Layout, Weight
 
@@ -27,6 +28,9 @@ class FedAvg:
 
     def is_kept(self, name: str) -> bool:
         return False
+
+    def sent(self, name: str) -> Sent:
+        return Sent.PRODUCT
 
     def finish(self, total: Total, previous: Previous) -> Iterator[tuple[str, Array]]:
         for name, values, size in total.sent():

@@ -13,8 +13,8 @@ Room for later rules, none of which is built:
 * Server optimisers (FedAdam: Reddi et al., arXiv:2003.00295). The step from the old weights to the mean is the
   gradient; the moments are kept arrays that ``finish`` yields beside the weights. They are not aggregated, and devices
   must not see them: answers would leave out what ``is_kept`` names, and updates that carry them would be refused.
-* Central differential privacy. Clipping belongs to the intake, before an update enters the sum, and the factor into
-  the slot's record, or recovery would add something else; noise belongs to the end of ``finish``. A second computation
+* Central differential privacy. Updates are clipped by the intake, in their slots and before they are put on record
+  (``bounds``); noise belongs to the end of ``finish``. A second computation
   must not draw it anew: the finaliser's digest is compared, so its seed is to be shared, and secret.
 * Robust rules (median, trimmed mean, Krum) need every single update. **Sums are not enough**, and no ``finish`` of this
   kind can do it. Such a rule would say so in an attribute (``needs = UPDATES``); the ledger would have to keep each
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from fedcore.aggregation.arithmetic import NUMPY, Arithmetic, Array
+from fedcore.aggregation.bounds import Sent
 from fedcore.aggregation.sums import Sizes, Spans
 from fedcore.wire.arrays import Floats, Layout, Weight
 
@@ -96,6 +97,10 @@ class Rule(Protocol):
 
     def is_kept(self, name: str) -> bool:
         """Tell whether a weight of a model is the rule's own."""
+        ...
+
+    def sent(self, name: str) -> Sent:
+        """Tell what clients send of a weight."""
         ...
 
     def finish(self, total: Total, previous: Previous) -> Iterator[tuple[str, Array]]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fedcore.aggregation.arithmetic import Array
+from fedcore.aggregation.bounds import Sent
 from fedcore.aggregation.rule import Previous, Total
 from fedcore.errors import ShapeMismatch
 from fedcore.wire.arrays import Layout, Weight
@@ -48,6 +49,9 @@ class Scaffold:
 
     def is_kept(self, name: str) -> bool:
         return name.startswith(PREFIX)
+
+    def sent(self, name: str) -> Sent:
+        return Sent.MOVE if self.is_kept(name) else Sent.PRODUCT
 
     def finish(self, total: Total, previous: Previous) -> Iterator[tuple[str, Array]]:
         for name, values, size in total.sent():

@@ -523,7 +523,10 @@ def _entries(buffer: Bytes, shape: Shape, generation: int) -> Iterator[Entry]:
                 raise Damaged(f"the entry of slot {slot} is changed: its checksum is wrong")
             continue  # on a disk that lost power before the shared state was asked
         decoder, length, loss, accuracy, begun, body_sum, length_of_id = _ENTRY.unpack_from(payload)
-        fl_id = payload[_ENTRY.size : _ENTRY.size + length_of_id].decode()
+        try:
+            fl_id = payload[_ENTRY.size : _ENTRY.size + length_of_id].decode()
+        except UnicodeDecodeError:
+            raise Damaged(f"the entry of slot {slot} names no client, and its checksum is right") from None
         yield Entry(
             slot,
             SlotState.ACCEPTED if accepted else SlotState.RECEIVED,

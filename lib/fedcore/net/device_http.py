@@ -9,13 +9,18 @@ A refused peer may still be sending. Closing on it would destroy the answer on i
 it is done and for a while reads and forgets what comes.
 
 Every state of a connection has a deadline; the site looks at all of them once a second.
+
+When there are as many connections as there may be, a new one takes the place of one that waits for a request, and of a
+party that has more than the newcomer's also one that is sending: whoever opens many and is slow keeps nobody out.
+What is refused is counted by its reason, see ``Refused``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Coroutine, Mapping
+from collections.abc import Callable, Container, Coroutine, Mapping
 from email.utils import formatdate
 from enum import Enum
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -28,12 +33,14 @@ from zope.interface import implementer
 from fedcore.errors import BodyTooLarge, PeerError
 from fedcore.net.direct_io import DirectIO, unacknowledged
 from fedcore.net.http_head import ChunkedBody, HeadFault, RequestHead, parse_head
-from fedcore.net.routes import Limits, Pages, Response, Route, Sink, text_response
+from fedcore.net.parties import Allowance, Headcount, party_of
+from fedcore.net.routes import Limits, Pages, Refused, Response, Route, Sink, text_response
 
 MAX_HEAD = 16_384  # bytes; nginx, Apache and Node.js allow 8 to 16 KiB
 WRITE_SIZE = 16_384  # bytes handed to the transport at a time, which copies them; a record of TLS
 LINGER_S = 30.0  # as nginx: how long a refused peer may go on sending
 LINGER_BYTES = 64 << 20  # and how much
+GRACE_S = 1.0  # that every connection has at each step, however many want its place
 SWEEP_S = 1.0  # how often deadlines are looked at, and so their precision
 _HEAD_END = b"\r\n\r\n"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -54,6 +61,10 @@ class Stage(Enum):
     CLOSED = 9  # the transport to be gone
 
 
+_WAITING = frozenset((Stage.IDLE, Stage.HEAD))
+_SLOW = frozenset((Stage.BODY, Stage.SEND, Stage.LINGER))  # at the pace of the peer
+
+
 @implementer(IPushProducer)
 class DeviceProtocol(protocol.Protocol):
     """One connection of a device."""
@@ -61,11 +72,13 @@ class DeviceProtocol(protocol.Protocol):
     log = Logger()
     transport: Any
 
-    def __init__(self, site: DeviceSite) -> None:
+    def __init__(self, site: DeviceSite, party: str) -> None:
         self.site = site
+        self.party = party
         self._direct: DirectIO | None = None  # the socket of a plain connection; there is none with TLS
         self._stage = Stage.IDLE
         self._deadline = float("inf")
+        self._entered = 0.0  # when the stage began
         self._pending = b""  # received, not looked at
         self._reading = True
         self._works = 0  # coroutines under way
@@ -90,7 +103,7 @@ class DeviceProtocol(protocol.Protocol):
     # ---- Twisted's side
 
     def connectionMade(self) -> None:
-        self.site.connections.add(self)
+        self.site.enter(self)
         self._enter(Stage.IDLE, self.site.limits.header_timeout)
         self.transport.setTcpNoDelay(True)
         self.transport.registerProducer(self, True)
@@ -161,6 +174,7 @@ class DeviceProtocol(protocol.Protocol):
         end = data.find(_HEAD_END) + len(_HEAD_END)
         complete = end >= len(_HEAD_END)
         if (end if complete else len(data)) > MAX_HEAD:
+            self.site.refused(Refused.LONG_HEAD)
             self._refuse(text_response(431, "The request head is too long."))
         elif complete:
             self._pending = data[end:]
@@ -174,9 +188,14 @@ class DeviceProtocol(protocol.Protocol):
     def _begin(self, head: RequestHead | HeadFault) -> None:
         """Judge a head."""
         if isinstance(head, HeadFault):
+            self.site.refused(Refused.BAD_HEAD)
             self._refuse(text_response(head.status, head.text))
             return
         self._head = head
+        if not self.site.allowance.take(self.party, self.site.clock()):
+            self.site.refused(Refused.RATE)
+            self._answer_unread(self.site.pages.too_many())
+            return
         route = self.site.route(head.path, self.transport.getPeer().host)
         if route is None:
             self._answer_unread(self.site.pages.not_found())
@@ -190,6 +209,7 @@ class DeviceProtocol(protocol.Protocol):
         try:
             self._limit = limit = route.limit()
             if head.length > limit:
+                self.site.refused(Refused.LARGE_BODY)
                 raise _too_large(route, f"{head.length} bytes", limit)
             sink = route.sink(limit if head.chunked else head.length)
         except Exception as error:
@@ -244,6 +264,7 @@ class DeviceProtocol(protocol.Protocol):
             chunks.feed(data)
         except PeerError as error:
             self._drop_sink()
+            self.site.refused(Refused.LARGE_BODY if chunks.overflow else Refused.BAD_CHUNKS)
             if chunks.overflow:
                 self._refuse(self.site.pages.error(_too_large(self._route, "chunks", self._limit)))
             else:
@@ -383,12 +404,24 @@ class DeviceProtocol(protocol.Protocol):
         """Whether no request is under way."""
         return self._stage is Stage.IDLE
 
+    def may_go(self, now: float) -> int:
+        """Tell how well this connection can make room for another one: 0 not at all, 1 if need be, 2 easily."""
+        if now - self._entered < GRACE_S:
+            return 0
+        return 2 if self._stage in _WAITING else int(self._stage in _SLOW)
+
+    @property
+    def entered(self) -> float:
+        """When its present stage began, monotonic seconds."""
+        return self._entered
+
     # ---- time
 
     def _enter(self, stage: Stage, seconds: float | None) -> None:
         """Go to a stage; ``seconds`` is how long it may last, None if somebody else sees to it."""
         self._stage = stage
-        self._deadline = float("inf") if seconds is None else self.site.clock() + seconds
+        self._entered = now = self.site.clock()
+        self._deadline = float("inf") if seconds is None else now + seconds
 
     def check_deadline(self, now: float) -> None:
         """End a stage that lasted too long."""
@@ -398,13 +431,17 @@ class DeviceProtocol(protocol.Protocol):
             case Stage.IDLE:
                 self.close()
             case Stage.HEAD:
+                self.site.refused(Refused.SLOW_HEAD)
                 self._refuse(text_response(408, "The request head did not arrive in time."))
             case Stage.BODY:
                 if not self._fast_enough(self._received):
                     self._drop_sink()
+                    self.site.refused(Refused.SLOW_BODY)
                     self._refuse(text_response(408, "The request body arrives too slowly."))
             case Stage.SEND | Stage.CLOSED:
                 if not self._fast_enough(self._taken):
+                    if self._stage is Stage.SEND:
+                        self.site.refused(Refused.SLOW_READER)
                     self.abort()
             case _:
                 self.abort()
@@ -477,14 +514,23 @@ class DeviceSite(protocol.Factory):
         *,
         private: Mapping[bytes, Route] = MappingProxyType({}),
         insiders: Container[str] = (),
+        refused: Callable[[Refused], None] = lambda reason: None,
     ) -> None:
-        """Serve ``routes`` (path -> route), ``private`` ones to ``insiders``, to at most so many at a time."""
+        """Serve ``routes`` (path -> route), ``private`` ones to ``insiders``, to at most so many at a time.
+
+        ``refused`` is told of each connection or request that is turned away or cut off.
+        """
         self._routes = routes
         self._private = private
         self._insiders = insiders
         self.pages = pages
         self.limits = limits
         self.connections: set[DeviceProtocol] = set()
+        self.refused = refused
+        self.allowance = Allowance(limits.request_rate, limits.request_burst)
+        self._headcount = Headcount(limits.connections_per_address)
+        self._victims: list[DeviceProtocol] = []  # who may have to make room, the first one last
+        self._victims_until = float("-inf")
         self.clock = reactor.seconds
         self.date = b""
         self.stopping = False
@@ -504,9 +550,44 @@ class DeviceSite(protocol.Factory):
         self._rest()
 
     def buildProtocol(self, addr: IAddress | None) -> protocol.Protocol:
-        if self.stopping or len(self.connections) >= self._max_connections:
+        party = party_of(getattr(addr, "host", ""))
+        if self.stopping:
             return _TurnedAway()  # None would do on plain TCP; Twisted's TLS cannot take it
-        return DeviceProtocol(self)
+        if self._headcount.full(party):
+            self.refused(Refused.PARTY_FULL)
+            return _TurnedAway()
+        if len(self.connections) >= self._max_connections and not self._make_room(party):
+            self.refused(Refused.FULL)
+            return _TurnedAway()
+        return DeviceProtocol(self, party)
+
+    def enter(self, connection: DeviceProtocol) -> None:
+        """Count a connection that is made."""
+        self.connections.add(connection)
+        self._headcount.enter(connection.party)
+
+    def _make_room(self, party: str) -> bool:
+        """Cut off a connection in favour of a newcomer's; False if none has to make room for it.
+
+        Those that wait go first, then those of the party that has most. Who they are is looked up once a second only,
+        so that a flood of newcomers costs no more than that.
+        """
+        now = self.clock()
+        if not self._victims and now >= self._victims_until:
+            self._victims_until = now + SWEEP_S
+            ranked = [
+                (each.may_go(now), self._headcount[each.party], -each.entered) for each in self.connections
+            ]
+            order = sorted(zip(ranked, self.connections, strict=True), key=itemgetter(0))
+            self._victims = [each for rank, each in order if rank[0]]
+        while self._victims:
+            victim = self._victims.pop()
+            ease = victim.may_go(now)
+            if ease == 2 or (ease and self._headcount[victim.party] > self._headcount[party] + 1):
+                self.refused(Refused.MADE_ROOM)
+                victim.abort()
+                return True
+        return False
 
     def route(self, path: bytes, host: str) -> Route | None:
         """Return what answers a path to a host; None if there is nothing for it."""
@@ -517,7 +598,9 @@ class DeviceSite(protocol.Factory):
 
     def forget(self, connection: DeviceProtocol) -> None:
         """Drop a connection that is over."""
-        self.connections.discard(connection)
+        if connection in self.connections:
+            self.connections.remove(connection)
+            self._headcount.leave(connection.party)
         self._rest()
 
     def next_turn(self) -> defer.Deferred[None]:
@@ -536,6 +619,8 @@ class DeviceSite(protocol.Factory):
     def _sweep(self) -> None:
         now = self.clock()
         self.date = formatdate(usegmt=True).encode()
+        self.allowance.forget(now)
+        self._victims.clear()  # nobody is held on to
         for connection in list(self.connections):
             try:
                 connection.check_deadline(now)

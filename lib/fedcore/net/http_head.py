@@ -160,7 +160,7 @@ class ChunkedBody:
         self._received += len(data)
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             if not self.complete:  # else it is about what follows the body
                 raise PeerError(f"Bad request: {error}") from error
         if not self.complete and self._received > CHUNK_SLACK + (1 + CHUNK_WRAPPING) * self.length:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol
 
 _PHRASES = {
@@ -106,6 +107,26 @@ class Pages(Protocol):
         """Answer an exception; the one place where an error becomes a reply."""
         ...
 
+    def too_many(self) -> Response:
+        """Answer a request beyond the rate of its party."""
+        ...
+
+
+class Refused(StrEnum):
+    """Why a connection was turned away or cut off, or a request not read; the values are labels of a metric."""
+
+    FULL = "connections"  # there are as many as there may be
+    PARTY_FULL = "address_connections"  # its address has as many as it may have
+    MADE_ROOM = "made_room"  # cut off in favour of another one
+    RATE = "rate"  # more requests than its address may send
+    SLOW_HEAD = "slow_head"
+    LONG_HEAD = "long_head"
+    BAD_HEAD = "bad_head"
+    SLOW_BODY = "slow_body"
+    LARGE_BODY = "large_body"
+    BAD_CHUNKS = "bad_chunks"
+    SLOW_READER = "slow_reader"  # does not take its answer
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -116,9 +137,15 @@ class Limits:
         body_timeout: seconds in which a body must bring ``min_body_rate`` times as many bytes.
         min_body_rate: bytes per second, for bodies in both directions.
         idle_timeout: seconds between an answer and the next request.
+        connections_per_address: at a time, 0 for any number.
+        request_rate: requests per second and address, 0 for any number.
+        request_burst: requests of an address that may come at once, if there is a rate.
     """
 
     header_timeout: float = 10.0
     body_timeout: float = 60.0
     min_body_rate: float = 1024.0
     idle_timeout: float = 50.0
+    connections_per_address: int = 0
+    request_rate: float = 0.0
+    request_burst: int = 20

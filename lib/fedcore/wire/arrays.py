@@ -100,6 +100,19 @@ def all_finite(values: Floats) -> bool:
 def check_update(layout: Layout, update: Mapping[str, Floats]) -> None:
     """Check the weights of an upload against the model (spec: model check of updateModel).
 
+    Raises:
+        ShapeMismatch: as ``check_shapes``.
+        NonFinite: NaN or infinity anywhere.
+    """
+    check_shapes(layout, update)
+    for name, values in update.items():
+        if not all_finite(values):
+            raise NonFinite(f"weight {name!r} holds NaN or infinity")
+
+
+def check_shapes(layout: Layout, update: Mapping[str, Floats]) -> None:
+    """Check names and sizes of the weights of an upload; their values are not looked at.
+
     Any non-empty subset of the model's weights is accepted, as the original does.
 
     Args:
@@ -108,7 +121,6 @@ def check_update(layout: Layout, update: Mapping[str, Floats]) -> None:
 
     Raises:
         ShapeMismatch: an unknown name, another size, or no value at all.
-        NonFinite: NaN or infinity anywhere.
     """
     total = 0
     for name, values in update.items():
@@ -117,8 +129,6 @@ def check_update(layout: Layout, update: Mapping[str, Floats]) -> None:
             raise ShapeMismatch(f"weight {name!r} is not in the model")
         if values.size != weight.size:
             raise ShapeMismatch(f"weight {name!r} has {values.size} elements, the model has {weight.size}")
-        if not all_finite(values):
-            raise NonFinite(f"weight {name!r} holds NaN or infinity")
         total += values.size
     if total == 0:
         raise ShapeMismatch("the update holds no value at all")

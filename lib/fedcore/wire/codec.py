@@ -86,18 +86,20 @@ def _kind_of(hint: Any) -> tuple[Kind, type | None]:
 # ---- decoding
 
 
-def decode(message: type[T], buffer: Buffer) -> T:
+def decode(message: type[T], buffer: Buffer, *, writable: bool = False) -> T:
     """Read one message.
 
     Args:
         message: the dataclass of the expected table.
         buffer: a whole FlatBuffer; the arrays of the result are views into it, so it must not change while
             they are in use.
+        writable: whether the arrays may be written to; then the buffer must be writable.
 
     Raises:
         MalformedRequest: the bytes are not such a table.
     """
-    reader = _Reader(buffer if isinstance(buffer, bytes) else memoryview(buffer).cast("B").toreadonly())
+    view = buffer if isinstance(buffer, bytes) else memoryview(buffer).cast("B")
+    reader = _Reader(view if writable or isinstance(view, bytes) else view.toreadonly())
     try:
         return reader.table(message, 0)  # type: ignore[no-any-return]
     except UnicodeDecodeError as error:

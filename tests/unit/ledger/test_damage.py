@@ -197,3 +197,15 @@ class TestOtherFiles:
         content[layout.GENERATION : layout.GENERATION + 8] = word.to_bytes(8, "little")
         with pytest.raises(Damaged, match=f"belongs to generation {parts.generation - 1}"):
             layout.examine(memoryview(content))
+
+
+def test_an_entry_whose_client_is_no_text_damages_the_file(parts: Parts) -> None:
+    """Nobody writes one; whoever forges one, its checksum right, is not followed any further."""
+    content = bytearray(parts.content)
+    at = parts.shape.entry_at(parts.slots["asked"].slot)
+    fl_id = content.index(b"asked", at)
+    content[fl_id] = 0xFF
+    payload = bytes(content[at + layout.PAYLOAD : at + layout.ENTRY - 8])
+    content[at + layout.ENTRY - 8 : at + layout.ENTRY] = layout.checksum(payload).to_bytes(8, "little")
+    with pytest.raises(Damaged, match="names no client"):
+        layout.examine(memoryview(content))

@@ -25,6 +25,7 @@ CREDENTIALS = {
     configuration.REDIS_PASSWORD,
     configuration.SENTINEL_PASSWORD,
 }
+OWN_CREDENTIALS = {"fl-schedulerd": {configuration.OPERATOR_TOKEN}}
 SANDBOX = (
     "NoNewPrivileges=yes",
     "CapabilityBoundingSet=",
@@ -191,14 +192,15 @@ def test_room_for_all_connections(serverd):
 # ---- passwords
 
 
-def test_credentials_are_those_that_the_daemons_look_for(unit):
+def test_credentials_are_those_that_the_daemons_look_for(daemon, unit):
     loaded = dict(value.split(":", 1) for value in unit.all("Service", "LoadCredential"))
-    assert loaded == {name: f"/etc/fl/credentials/{name}" for name in CREDENTIALS}
+    names = CREDENTIALS | OWN_CREDENTIALS.get(daemon, set())
+    assert loaded == {name: f"/etc/fl/credentials/{name}" for name in names}
 
 
-def test_a_credential_without_a_file_is_no_password(unit, tmp_path, monkeypatch):
+def test_a_credential_without_a_file_is_no_password(daemon, unit, tmp_path, monkeypatch):
     given = dict(value.split(":", 1) for value in unit.all("Service", "SetCredential"))
-    assert set(given) == CREDENTIALS
+    assert set(given) == CREDENTIALS | OWN_CREDENTIALS.get(daemon, set())
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     for name, value in given.items():
         (tmp_path / name).write_bytes(value.encode().decode("unicode_escape").encode())
