@@ -22,6 +22,7 @@ error is ever retried, except that a kept connection found closed is opened agai
 from __future__ import annotations
 
 import gzip
+import hashlib
 import http.client
 import io
 import random
@@ -38,6 +39,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from fedcore.errors import MalformedRequest
 from fedcore.wire.codec import decode, encode
@@ -128,6 +131,27 @@ class Http(Protocol):
     """What carries the requests; raises OSError."""
 
     def post(self, round_: str, body: bytes) -> tuple[int, bytes]: ...
+
+
+@dataclass(frozen=True)
+class KeyStore:
+    """What the device's key store holds.
+
+    Attributes:
+        key: of the first certificate, RSA-2048.
+        chain: PEM of key attestation, equipment, equipment CA and root.
+    """
+
+    key: rsa.RSAPrivateKey = field(repr=False)
+    chain: tuple[str, str, str, str] = field(repr=False)
+
+    def fl_id(self) -> str:
+        return hashlib.sha256(self.chain[1].encode()).hexdigest()
+
+    def sign(self, text: str) -> bytes:
+        """SHA256withRSA/PSS with the salt that is Java's default for it."""
+        scheme = padding.PSS(padding.MGF1(hashes.SHA256()), 32)
+        return self.key.sign(text.encode(), scheme, hashes.SHA256())
 
 
 class OkHttp:
@@ -242,6 +266,7 @@ class StrictDevice:
         connect_timeout: seconds, also for writing.
         read_timeout: seconds.
         elb_servers: see OkHttp.
+        keystore: key and four certificates, for ``pkiVerify``; ``fl_id`` is then that of the second certificate.
 
     Attributes:
         exchanges: everything sent and received.
@@ -270,6 +295,7 @@ class StrictDevice:
         connect_timeout: float = CONNECT_TIMEOUT,
         read_timeout: float = READ_TIMEOUT,
         elb_servers: int = 0,
+        keystore: KeyStore | None = None,
     ) -> None:
         self.http = http or OkHttp(
             server_url,
@@ -279,7 +305,8 @@ class StrictDevice:
         )
         self.train, self.evaluate = train, evaluate
         self.data_size, self.eval_data_size = data_size, eval_data_size
-        self.fl_id, self.fl_name = fl_id, fl_name
+        self.fl_id, self.fl_name = fl_id if keystore is None else keystore.fl_id(), fl_name
+        self.keystore = keystore
         self.model = dict(model) if model is not None else None
         self.clock = clock
         self.time_scale, self.wait_scale = time_scale, wait_scale
@@ -337,15 +364,21 @@ class StrictDevice:
     # ---- rounds
 
     def _start_job(self) -> tuple[Status, ResponseFLJob | None]:
+        timestamp = str(self.clock())
         request = RequestFLJob(
             fl_name=self.fl_name,
             fl_id=self.fl_id,
             iteration=self.iteration,
             data_size=self.data_size,
-            timestamp=str(self.clock()),
+            timestamp=timestamp,
             download_compress_types=COMPRESS_TYPES,
             eval_data_size=self.eval_data_size,
         )
+        if self.keystore is not None:
+            signature = self.keystore.sign(f"{self.fl_id} {timestamp}")
+            names = ("key_attestation", "equip_cert", "equip_ca_cert", "root_cert")
+            shown = dict(zip(names, self.keystore.chain, strict=True))
+            request = replace(request, sign_data=signature, **shown)
         reply = self._ask("startFLJob", request, ResponseFLJob)
         if reply is None:
             return self._restart(str(self.clock() + round(SLEEP_TIME * 1000)), self.time_scale), None
@@ -375,10 +408,12 @@ class StrictDevice:
     def _upload(self, trained: Mapping[str, Array], loss: float, accuracy: float) -> Status | None:
         """Return RESTART, or None if the upload counts."""
         factor = np.float32(self.data_size)
+        timestamp = str(self.clock())
         request = RequestUpdateModel(
             fl_name=self.fl_name,
             fl_id=self.fl_id,
-            timestamp=str(self.clock()),
+            timestamp=timestamp,
+            signature=self.keystore.sign(f"{timestamp}{self.iteration}") if self.keystore else None,
             iteration=self.iteration,
             feature_map=tuple(
                 FeatureMap(name, values.astype(np.float32).reshape(-1) * factor)

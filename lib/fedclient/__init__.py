@@ -2,6 +2,7 @@
 
 from fedclient.client import Client, IterationReport, Summary
 from fedclient.cloud import CloudWorker
+from fedclient.identity import DeviceIdentity, load_identity
 from fedclient.rules import Rule, with_absolute_changes
 from fedclient.schedule import Adaptive
 from fedclient.session import Policy
@@ -14,6 +15,7 @@ __all__ = [
     "Adaptive",
     "Client",
     "CloudWorker",
+    "DeviceIdentity",
     "FitConfig",
     "FitResult",
     "HttpTransport",
@@ -29,5 +31,6 @@ __all__ = [
     "Trainer",
     "Transport",
     "Weights",
+    "load_identity",
     "with_absolute_changes",
 ]

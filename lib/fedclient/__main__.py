@@ -16,12 +16,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from fedclient.client import Client, IterationReport
 from fedclient.cloud import PATIENCE, SYNC_TYPES, CloudWorker
+from fedclient.identity import DeviceIdentity, load_identity
 from fedclient.rules import Rule
 from fedclient.session import Policy
 from fedclient.steps import Outcome
@@ -34,6 +36,8 @@ Examples:
   fl-client --server http://10.0.0.1:6666 --trainer mytrainer:Digits --fl-name digits
   fl-client --server https://fl-1:6666 --server https://fl-2:6666 --ca-file ca.pem \\
             --trainer mytrainer:Digits --set shard=3 --set data=/var/lib/digits --json
+  fl-client --server http://10.0.0.1:6666 --trainer mytrainer:Digits \\
+            --identity phone-1/chain.pem --identity-key phone-1/key.pem
   fl-client --server http://10.0.0.1:6666 --trainer mysilo:Digits --rule Scaffold --sync-frequency 50
 
 A trainer is a class with load(), fit() and evaluate(), see fedclient.Trainer. With --rule this is a cloud
@@ -101,6 +105,26 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     return settings
 
 
+def read_identity(identity: str | None, key: str | None, password_file: str | None) -> DeviceIdentity | None:
+    """Read the device's key and certificates, if it is to sign.
+
+    Raises:
+        UsageFault: options without the one that they belong to.
+        ConfigError: a file cannot be used.
+    """
+    if identity is None:
+        if key is not None or password_file is not None:
+            raise UsageFault("--identity-key and --identity-password-file belong to --identity")
+        return None
+    password = b""
+    if password_file is not None:
+        try:
+            password = Path(password_file).read_bytes().split(b"\n", 1)[0].rstrip(b"\r")
+        except OSError as problem:
+            raise UsageFault(f"cannot read {password_file}: {problem.strerror}") from problem
+    return load_identity(Path(identity), None if key is None else Path(key), password)
+
+
 def print_json(report: IterationReport) -> None:
     """Print one line per attempt at an iteration."""
     line = {
@@ -157,6 +181,20 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
 )
 @click.option("--fl-name", help="Name of the job.  [default: the trainer's class name]")
 @click.option("--client-id", help="Identity of this client, unique in the job.  [default: a random UUID]")
+@click.option(
+    "--identity",
+    "identity_file",
+    metavar="FILE",
+    help="Sign requests as this device: its four certificates and its key, as PEM or PKCS#12 (.p12).",
+)
+@click.option(
+    "--identity-key", metavar="FILE", help="The device's key (PEM), if it is not in the file of --identity."
+)
+@click.option(
+    "--identity-password-file",
+    metavar="FILE",
+    help="File whose first line is the password of --identity, or of its key.",
+)
 @click.option("--ca-file", metavar="FILE", help="Authorities that sign the servers' certificates (PEM).")
 @click.option("--rotate", is_flag=True, help="Change the server at every request, not only after errors.")
 @click.option(
@@ -210,6 +248,9 @@ def main(
     pairs: tuple[str, ...],
     fl_name: str | None,
     client_id: str | None,
+    identity_file: str | None,
+    identity_key: str | None,
+    identity_password_file: str | None,
     ca_file: str | None,
     rotate: bool,
     poll_interval: float,
@@ -246,8 +287,11 @@ def main(
                 )
             device = make_trainer(trainer, settings, ("load", "fit", "evaluate"))
             policy = Policy(poll_interval=poll_interval)
-            client = Client(device, servers, client_id=client_id, policy=policy, **common)
+            identity = read_identity(identity_file, identity_key, identity_password_file)
+            client = Client(device, servers, client_id=client_id, policy=policy, identity=identity, **common)
         else:
+            if identity_file is not None:
+                raise UsageFault("--identity is for devices, not for cloud workers: leave --rule out")
             if sync_frequency is None:
                 raise UsageFault("a cloud worker needs --sync-frequency")
             silo = make_trainer(trainer, settings, ("load", "step", "evaluate"))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedclient.identity import DeviceIdentity
 from fedclient.session import Policy, Session
 from fedclient.steps import (
     Action,
@@ -35,6 +36,7 @@ from fedclient.steps import (
 )
 from fedclient.trainer import FitResult, Trainer, Weights
 from fedclient.transport import HttpTransport, Transport
+from fedcore.errors import ConfigError
 
 log = logging.getLogger("fedclient")
 
@@ -92,7 +94,7 @@ class Client:
         server: a URL, several URLs of equal servers (each client begins with another one), or a transport,
             which the client closes at its end.
         fl_name: name of the job; None: the trainer's class name.
-        client_id: identity towards the servers, unique in the job; None: a random UUID.
+        client_id: identity towards the servers, unique in the job; None: a random UUID, or that of ``identity``.
         policy: waits and limits.
         on_iteration: called after every attempt at an iteration; what it raises ends ``run``.
         timeout: seconds, see HttpTransport.
@@ -103,10 +105,11 @@ class Client:
         sleep: waits so many seconds; None: until ``stop`` at most.
         chance: random number in 0..1 that spreads repeats.
         session: another way to take part than a device's; made for this ``fl_name`` and ``client_id``.
+        identity: key and certificates, for jobs in which devices must sign.
         fit_name: the method that the user wrote for the training, for messages.
 
     Raises:
-        ConfigError: the URLs or the CA file cannot be used.
+        ConfigError: the URLs or the CA file cannot be used, or ``client_id`` is not that of ``identity``.
     """
 
     def __init__(
@@ -126,9 +129,10 @@ class Client:
         sleep: Callable[[float], object] | None = None,
         chance: Callable[[], float] = random.random,
         session: Session | None = None,
+        identity: DeviceIdentity | None = None,
         fit_name: str = "fit",
     ) -> None:
-        self.client_id = client_id or str(uuid.uuid4())
+        self.client_id = _id_of(client_id, identity)
         self.fl_name = fl_name or type(trainer).__name__
         self._trainer = trainer
         self._fit_name = fit_name
@@ -137,7 +141,7 @@ class Client:
             if isinstance(server, str | Sequence)
             else server
         )
-        self._session = session or Session(self.fl_name, self.client_id, policy)
+        self._session = session or Session(self.fl_name, self.client_id, policy, identity)
         self._on_iteration = on_iteration
         self._clock = clock
         self._monotonic = monotonic
@@ -257,3 +261,15 @@ class Client:
         completed = self._counts[IterationOutcome.COMPLETED]
         restarted = self._counts[IterationOutcome.RESTARTED]
         return Summary(end.outcome, end.reason, completed, restarted, self._session.model)
+
+
+def _id_of(client_id: str | None, identity: DeviceIdentity | None) -> str:
+    """Return the id of a client: the one that is given, that of its certificate, or a random one."""
+    if identity is None:
+        return client_id or str(uuid.uuid4())
+    if client_id not in (None, identity.fl_id):
+        raise ConfigError(
+            f"the client id {client_id} is not that of the device's certificate",
+            hint=f"it is {identity.fl_id}",
+        )
+    return identity.fl_id

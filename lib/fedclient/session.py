@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum, auto
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -184,6 +184,14 @@ _WAITS_FOR: Mapping[Round, Phase] = {
 _Then = Callable[[int], Action]
 
 
+class Signer(Protocol):
+    """Signs the requests that a device must sign; see ``fedclient.identity``."""
+
+    def signed_start(self, request: RequestFLJob) -> RequestFLJob: ...
+
+    def signed_update(self, request: RequestUpdateModel) -> RequestUpdateModel: ...
+
+
 class Session:
     """The state of one device in one job.
 
@@ -194,12 +202,19 @@ class Session:
 
     MODES: ClassVar[Collection[str]] = DEVICE_MODES  # of servers, in which this is how one takes part
 
-    def __init__(self, fl_name: str, fl_id: str, policy: Policy | None = None) -> None:
+    def __init__(
+        self,
+        fl_name: str,
+        fl_id: str,
+        policy: Policy | None = None,
+        signer: Signer | None = None,
+    ) -> None:
         self.iteration = 0
         self.model: dict[str, Floats] = {}
         self._fl_name = fl_name
         self._fl_id = fl_id
         self._policy = policy or Policy()
+        self._signer = signer
         self._sizes = Loaded(0)
         self._last_iteration = 1  # the plan's
         self._accuracy = 0.0  # stays so without evaluation data
@@ -324,19 +339,17 @@ class Session:
             evaluation = evaluation_of(event.result.evaluation) if self._vector_wanted else None
         except (ArrayError, TypeError, ValueError) as error:
             return self._finish(Outcome.FAILED, f"the evaluation vector cannot be sent: {error}")
-        return self._send(
-            "updateModel",
-            RequestUpdateModel(
-                fl_name=self._fl_name,
-                fl_id=self._fl_id,
-                iteration=self.iteration,
-                feature_map=upload,
-                timestamp=str(now),
-                upload_loss=loss,
-                upload_accuracy=self._accuracy,
-                unsupervised_eval_items=evaluation,
-            ),
+        request = RequestUpdateModel(
+            fl_name=self._fl_name,
+            fl_id=self._fl_id,
+            iteration=self.iteration,
+            feature_map=upload,
+            timestamp=str(now),
+            upload_loss=loss,
+            upload_accuracy=self._accuracy,
+            unsupervised_eval_items=evaluation,
         )
+        return self._send("updateModel", self._signer.signed_update(request) if self._signer else request)
 
     def _upload(self, trained: Weights) -> tuple[FeatureMap, ...]:
         """Return what an updateModel carries; what it raises says that the weights cannot be sent."""
@@ -373,18 +386,16 @@ class Session:
         return self._ask_start(now)
 
     def _ask_start(self, now: int) -> Action:
-        return self._send(
-            "startFLJob",
-            RequestFLJob(
-                fl_name=self._fl_name,
-                fl_id=self._fl_id,
-                iteration=self.iteration,
-                data_size=self._declared_size,
-                timestamp=str(now),
-                download_compress_types=NO_COMPRESS,
-                eval_data_size=self._sizes.eval_data_size,
-            ),
+        request = RequestFLJob(
+            fl_name=self._fl_name,
+            fl_id=self._fl_id,
+            iteration=self.iteration,
+            data_size=self._declared_size,
+            timestamp=str(now),
+            download_compress_types=NO_COMPRESS,
+            eval_data_size=self._sizes.eval_data_size,
         )
+        return self._send("startFLJob", self._signer.signed_start(request) if self._signer else request)
 
     def _ask_model(self, now: int) -> Action:
         request = RequestGetModel(self._fl_name, self.iteration, str(now), NO_COMPRESS)

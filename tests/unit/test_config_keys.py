@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from fedcore.config import KEYS, Address, LoadedSettings, Role, load_settings
-from fedcore.config.settings import LogLevel, RedisTls, SumDevice
+from fedcore.config.settings import LogLevel, NormAction, RedisTls, SumDevice
 from fedcore.errors import ConfigError
+from fedcore.pki.clients import ClientCertificates
 
 U32 = "[1,4294967295]"
 POSITIVE = ">0.000000"
@@ -101,6 +102,15 @@ TABLE: list[tuple[str, str, Any, Any]] = [
     ("fedcore.scheduler.manage_address", "str", "address", Address("127.0.0.1", 11202)),
     ("fedcore.scheduler.admin_address", "str", "address", Address("127.0.0.1", 11302)),
     ("fedcore.scheduler.integer_code", "bool", None, False),
+    ("fedcore.scheduler.token_file", "str", None, ""),
+    ("fedcore.scheduler.unauthenticated", "bool", None, False),
+    (
+        "fedcore.scheduler.client_certificates",
+        "str",
+        ["none", "asked", "required"],
+        ClientCertificates.NONE,
+    ),
+    ("fedcore.scheduler.client_ca_path", "str", None, ""),
     ("fedcore.server.http_address", "str", "address", Address("127.0.0.1", 6666)),
     ("fedcore.server.tcp_ip", "str", "host", ""),
     ("fedcore.server.tcp_port", "int", "[1,65535]", 6766),
@@ -114,6 +124,8 @@ TABLE: list[tuple[str, str, Any, Any]] = [
     ("fedcore.worker.device", "str", None, "auto"),
     ("fedcore.worker.reply_timeout", "float", "(0.000000,600.000000]", 30.0),
     ("fedcore.worker.admin_address", "str", "address", Address("127.0.0.1", 6966)),
+    ("fedcore.node.tls", "bool", None, True),
+    ("fedcore.node.tls_names", "str", None, ()),
     ("fedcore.node.allow", "str", None, ("127.0.0.0/8", "::1/128")),
     ("fedcore.node.worker_http", "bool", None, False),
     ("fedcore.device.hold_time", "float", "[0.000000,60.000000]", 8.0),
@@ -122,8 +134,22 @@ TABLE: list[tuple[str, str, Any, Any]] = [
     ("fedcore.device.min_body_rate", "int", "[0,1000000000]", 1024),
     ("fedcore.device.idle_timeout", "float", "(0.000000,3600.000000]", 50.0),
     ("fedcore.device.max_connections", "int", "[1,1000000]", 20000),
+    ("fedcore.device.connections_per_address", "int", "[0,1000000]", 0),
+    ("fedcore.device.request_rate", "float", "[0.000000,1000000.000000]", 0.0),
+    ("fedcore.device.request_burst", "int", "[1,1000000]", 20),
     ("fedcore.device.retry_margin", "float", "[0.100000,3600.000000]", 5.0),
     ("fedcore.device.proxies", "str", None, ()),
+    (
+        "fedcore.device.client_certificates",
+        "str",
+        ["none", "asked", "required"],
+        ClientCertificates.NONE,
+    ),
+    ("fedcore.device.client_ca_path", "str", None, ""),
+    ("fedcore.device.crl_required", "bool", None, False),
+    ("fedcore.update.norm_bound", "float", ">=0.000000", 0.0),
+    ("fedcore.update.norm_action", "str", ["refuse", "clip", "count"], NormAction.REFUSE),
+    ("fedcore.update.max_data_size", "int", "[1,65535]", 65535),
     ("fedcore.ledger.memory_budget", "size", "[1048576,1125899906842624]", 1 << 30),
     ("fedcore.ledger.fsync", "bool", None, False),
     ("fedcore.aggregation.device", "str", ["auto", "cpu", "cuda"], SumDevice.CPU),
@@ -168,7 +194,7 @@ Load = Callable[..., LoadedSettings]
 def in_force(path: str) -> dict[str, Any]:
     """A good configuration in which the key at path is read."""
     flat = dict(EXAMPLES)
-    if path.startswith("ssl."):
+    if path.startswith("ssl.") or path.endswith(".client_certificates"):
         flat |= {"enable_ssl": True, **TLS_EXAMPLES}
     if path.startswith("encrypt.pw_encrypt."):
         flat |= {"encrypt.encrypt_type": "PW_ENCRYPT", **MASK_EXAMPLES}
@@ -504,3 +530,23 @@ def test_a_size_out_of_range(load: Load, file: Path) -> None:
 def test_unsupervised_evaluation_needs_a_number_of_clients(load: Load) -> None:
     message = refusal(load, EXAMPLES | {"unsupervised.eval_type": "SILHOUETTE_SCORE"})
     assert message == "Cluster client num is <= 0 when unsupervised eval mode is opened."
+
+
+@pytest.mark.parametrize("section", ["scheduler", "device"])
+def test_certificates_of_clients_need_tls(load: Load, section: str) -> None:
+    path = f"fedcore.{section}.client_certificates"
+    assert refusal(load, EXAMPLES | {path: "asked"}).startswith(f"{path} is asked, which needs TLS")
+    assert load(EXAMPLES | {path: "none"})
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", ()),
+        ("MindSporeFederated", ("mindsporefederated",)),
+        ("a.example , [fd00::1]", ("a.example", "fd00::1")),
+    ],
+)
+def test_names_for_all_nodes(load: Load, text: str, names: tuple[str, ...]) -> None:
+    assert load(EXAMPLES | {"fedcore.node.tls_names": text}).settings.fedcore.node.tls_names == names
+    assert "a b is no host name" in refusal(load, EXAMPLES | {"fedcore.node.tls_names": "x,a b"})

@@ -61,3 +61,11 @@ def test_cloud_workers_know_one_kind_of_masks() -> None:
         assert bool(refused) == (cipher not in (EncryptType.NOT_ENCRYPT, EncryptType.STABLE_PW_ENCRYPT)), (
             cipher
         )
+
+
+def test_cloud_workers_sign_nothing() -> None:
+    for mode in ServerMode:
+        base = Settings(fl_name="job", fl_iteration_num=5, server_mode=mode)
+        settings = replace(base, client_verify=replace(base.client_verify, pki_verify=True))
+        told = [text for text in cross_checks(settings, Role.SERVER) if "cloud workers sign nothing" in text]
+        assert bool(told) == (mode is ServerMode.CLOUD_TRAINING)

@@ -10,6 +10,7 @@ from fedcore.config.address import UnixAddress
 from fedcore.config.keys import SERVER_ROLES, Role
 from fedcore.config.settings import AggregationType, EncryptType, RedisTls, ServerMode, Settings
 from fedcore.core.quorum import update_threshold
+from fedcore.pki.clients import ClientCertificates
 
 _MASK_TYPES = (EncryptType.PW_ENCRYPT, EncryptType.STABLE_PW_ENCRYPT)
 # exchangeKeys getKeys shareSecrets getSecrets getClientList reconstructSecrets, and the stable kind's two
@@ -33,8 +34,22 @@ def cross_faults(settings: Settings) -> list[str]:
     Returns:
         One sentence per fault.
     """
-    if not redis_has_tls(settings):
+    return [*_client_certificates(settings), *(_redis_files(settings) if redis_has_tls(settings) else [])]
+
+
+def _client_certificates(settings: Settings) -> list[str]:
+    """Whoever asks for certificates must not end up with a listener that cannot."""
+    if settings.enable_ssl:
         return []
+    own = settings.fedcore
+    return [
+        f"fedcore.{name}.client_certificates is {section.client_certificates}, which needs TLS: set enable_ssl to true"
+        for name, section in (("scheduler", own.scheduler), ("device", own.device))
+        if section.client_certificates is not ClientCertificates.NONE
+    ]
+
+
+def _redis_files(settings: Settings) -> list[str]:
     cache, faults = settings.distributed_cache, []
     if not cache.cacert_filename and not cache.capath:
         switch = "enable_ssl" if settings.fedcore.redis.tls is RedisTls.AUTO else "fedcore.redis.tls"
@@ -66,6 +81,7 @@ def cross_checks(settings: Settings, role: Role) -> list[str]:
         *_windows(settings),
         *_quorums(settings),
         *_rules(settings),
+        *_bounds(settings),
         *_addresses(settings),
         *_redis(settings),
     ]
@@ -135,11 +151,26 @@ def _rules(settings: Settings) -> list[str]:
         )
     if kind is AggregationType.FEDPROX and workers and not rule.iid_rate:
         found.append("aggregation.iid_rate is 0, which makes FedProx the same as FedAvg")
+    if workers and settings.client_verify.pki_verify:
+        found.append(
+            f"client_verify.pki_verify asks for signatures, and cloud workers sign nothing: with server_mode "
+            f"{settings.server_mode} nobody can take part"
+        )
     if workers and cipher not in _WORKER_TYPES:
         found.append(
             f"encrypt.encrypt_type {cipher} is for devices: cloud workers know " + " and ".join(_WORKER_TYPES)
         )
     return found
+
+
+def _bounds(settings: Settings) -> list[str]:
+    cipher = settings.encrypt.encrypt_type
+    if settings.fedcore.update.norm_bound and cipher in _MASK_TYPES:
+        return [
+            f"fedcore.update.norm_bound measures weights, but with encrypt.encrypt_type {cipher} servers see only "
+            "masked ones, whose norm says nothing: set it to 0"
+        ]
+    return []
 
 
 def _addresses(settings: Settings) -> list[str]:

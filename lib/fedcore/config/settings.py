@@ -37,6 +37,7 @@ from fedcore.config.keys import (
     sections_of,
 )
 from fedcore.errors import ConfigError
+from fedcore.pki.clients import ClientCertificates
 
 _U32 = Limits(1, U32_MAX)
 _POSITIVE = Limits(0.0, low_open=True)
@@ -115,6 +116,14 @@ class SumDevice(StrEnum):
     CUDA = "cuda"
 
 
+class NormAction(StrEnum):
+    """What becomes of an update beyond the bound."""
+
+    REFUSE = "refuse"
+    CLIP = "clip"
+    COUNT = "count"
+
+
 class LogLevel(StrEnum):
     """Least severity that is logged."""
 
@@ -123,6 +132,12 @@ class LogLevel(StrEnum):
     WARN = "warn"
     ERROR = "error"
 
+
+_CLIENT_CERTIFICATES = (
+    "Certificates of {}, with enable_ssl. none: not asked for. asked: one that is shown must be signed by an authority "
+    "of client_ca_path, in force, for clients and not revoked. required: and one must be shown."
+)
+_CLIENT_CA = "PEM file of the authorities of {}' certificates; empty: ssl.ca_cert_path."
 
 _WITH_TLS = Condition("enable_ssl", (True,))
 _WITH_MASKS = Condition("encrypt.encrypt_type", (EncryptType.PW_ENCRYPT, EncryptType.STABLE_PW_ENCRYPT))
@@ -178,6 +193,16 @@ def parse_training_device(text: str) -> str:
     if not _TRAINING_DEVICE.fullmatch(text):
         raise ConfigError(f"value is expected to be auto, cpu, cuda or cuda:N, but got {text}")
     return text
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Read "a,b", host names or addresses, into lower case.
+
+    Raises:
+        ConfigError: a part is neither.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return tuple(parse_host(part, "{} is no host name and no address").lower() for part in parts)
 
 
 def parse_networks(text: str) -> tuple[str, ...]:
@@ -238,24 +263,32 @@ class DistributedCacheSettings:
 
 @dataclass(frozen=True, slots=True)
 class SslSettings:
-    """TLS of the device and operator listeners."""
+    """Certificates of listeners and nodes, and whom they trust."""
 
     server_cert_path: str = option(
-        "", "PKCS#12 file of the listeners.", required=True, example="/etc/fl/server.p12"
+        "",
+        "PKCS#12 file of the listeners. Its subjectAltName must hold what devices and nodes connect to.",
+        required=True,
+        example="/etc/fl/server.p12",
     )
     client_cert_path: str = option(
         "",
-        "PKCS#12 file shown to other nodes; not used by this version.",
+        "PKCS#12 file shown to the servers that this node connects to. A server's subjectAltName must hold its "
+        "fedcore.server.tcp_ip.",
         required=True,
         example="/etc/fl/client.p12",
     )
     ca_cert_path: str = option(
         "",
-        "PEM file of the CA that nodes trust; not used by this version.",
+        "PEM file of the authorities that must have signed nodes' certificates; several while one takes the place of "
+        "another.",
         required=True,
         example="/etc/fl/ca.crt",
     )
-    crl_path: str = option("", "PEM revocation list, empty for none; not used by this version.")
+    crl_path: str = option(
+        "",
+        "PEM file of the revocation lists of these authorities, empty for none. It is read again when it changes.",
+    )
     cipher_list: str = option(
         "",
         "TLS 1.2 cipher suites, separated by colons.",
@@ -505,6 +538,21 @@ class SchedulerSettings:
         'Answer with "code":0 or 1, as the published guide shows it, instead of the "0" or "1" of MindSpore '
         "Federated 0.1.",
     )
+    token_file: str = option(
+        "",
+        "File whose first line is the bearer token that requests must carry which change the job; nobody but its owner "
+        "may be able to read it. Empty: systemd's credential operator-token.",
+    )
+    unauthenticated: bool = option(
+        False,
+        "Let anybody who reaches the operator API change the job, as MindSpore Federated 0.1 does. Without it, and "
+        "without a token, only a listener on a loopback address takes changes, or one with TLS from clients with an "
+        "operator's certificate.",
+    )
+    client_certificates: ClientCertificates = option(
+        ClientCertificates.NONE, _CLIENT_CERTIFICATES.format("operators")
+    )
+    client_ca_path: str = option("", _CLIENT_CA.format("operators"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -577,12 +625,26 @@ class WorkerSettings:
 
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
-    """Who may use the node channel."""
+    """Who may use the node channel, and how it is protected."""
+
+    tls: bool = option(
+        True,
+        "With enable_ssl, nodes show each other certificates (mutual TLS). false: the plain channel of earlier "
+        "versions, for the time of an upgrade. It must be the same on all nodes.",
+    )
+    tls_names: tuple[str, ...] = option(
+        (),
+        "Names, as a,b: a certificate with one of them in its subjectAltName is taken for any node. For certificates "
+        "that were made once for all nodes.",
+        kind=Kind.STR,
+        example="MindSporeFederated",
+        parse=parse_names,
+    )
 
     allow: tuple[str, ...] = option(
         ("127.0.0.0/8", "::1/128"),
         "Networks of workers, as a,b in CIDR form. Without TLS this is all that keeps others out of worker rounds; "
-        "servers are known by their registration in Redis.",
+        "with it they need a certificate as well. Servers are known by their registration in Redis.",
         kind=Kind.STR,
         example="127.0.0.0/8,10.0.0.0/24",
         parse=parse_networks,
@@ -621,7 +683,29 @@ class DeviceSettings:
         unit="s",
         limits=Limits(0.0, 3600.0, low_open=True),
     )
-    max_connections: int = option(20000, "Greatest number of device connections.", limits=Limits(1, 1000000))
+    max_connections: int = option(
+        20000,
+        "Greatest number of device connections. Beyond it a new one takes the place of one that waits for a request.",
+        limits=Limits(1, 1000000),
+    )
+    connections_per_address: int = option(
+        0,
+        "Greatest number of connections of one IPv4 address or IPv6 /64, 0 for any. Many devices may share an address: "
+        "behind a carrier's address translation, or behind a load balancer that is not among proxies.",
+        example=1000,
+        limits=Limits(0, 1000000),
+    )
+    request_rate: float = option(
+        0.0,
+        "Requests that one such address may send on average, 0 for any number. With more it is told what makes devices "
+        "wait: that the cluster is in safemode.",
+        unit="1/s",
+        example=50.0,
+        limits=Limits(0.0, 1000000.0),
+    )
+    request_burst: int = option(
+        20, "Requests that may come at once in spite of request_rate.", limits=Limits(1, 1000000)
+    )
     retry_margin: float = option(
         5.0,
         "A next_req_time lies at least this far in the future; old devices die of one that does not.",
@@ -636,6 +720,41 @@ class DeviceSettings:
         kind=Kind.STR,
         example="10.0.0.10/32",
         parse=parse_networks,
+    )
+    client_certificates: ClientCertificates = option(
+        ClientCertificates.NONE, _CLIENT_CERTIFICATES.format("devices")
+    )
+    client_ca_path: str = option("", _CLIENT_CA.format("devices"))
+    crl_required: bool = option(
+        False,
+        "With client_verify.pki_verify: refuse devices whose equipment CA has no list in force in "
+        "client_verify.equip_crl_path. false: without a list nobody is refused as revoked, and one past its date goes "
+        "on being used.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateSettings:
+    """How much one client may move the model."""
+
+    norm_bound: float = option(
+        0.0,
+        "Greatest distance of an update to the model that it was trained from: the L2 norm of the difference, over all "
+        "weights that are aggregated. 0: none. All servers of a job should have the same.",
+        example=5.0,
+        limits=Limits(0.0),
+    )
+    norm_action: NormAction = option(
+        NormAction.REFUSE,
+        "What becomes of an update beyond norm_bound. refuse: it does not count, and its device is told to come back. "
+        "clip: it counts, brought nearer until it is at the bound. count: it counts as it is, and the metrics show it; "
+        "to find a good bound.",
+    )
+    max_data_size: int = option(
+        65535,
+        "Greatest data size that a device may declare, and so the greatest weight of its update in the mean; with more "
+        "it gets no place.",
+        limits=Limits(1, 65535),
     )
 
 
@@ -687,8 +806,9 @@ class FedcoreSettings:
     scheduler: SchedulerSettings = section(SchedulerSettings, "Listeners of fl-schedulerd.")
     server: ServerSettings = section(ServerSettings, "Listeners and files of fl-serverd.")
     worker: WorkerSettings = section(WorkerSettings, "What fl-workerd trains, and how.")
-    node: NodeSettings = section(NodeSettings, "Who may use the node channel.")
+    node: NodeSettings = section(NodeSettings, "Who may use the node channel, and how it is protected.")
     device: DeviceSettings = section(DeviceSettings, "Limits of device connections.")
+    update: UpdateSettings = section(UpdateSettings, "How much one client may move the model.")
     ledger: LedgerSettings = section(LedgerSettings, "Where accepted uploads wait for their merge.")
     aggregation: SumSettings = section(SumSettings, "Where the sums of servers become a model.")
     log: LogSettings = section(LogSettings, "The log.")
@@ -709,7 +829,7 @@ class Settings:
     )
     enable_ssl: bool = option(
         False,
-        "TLS for devices, operators and Redis; not yet for the node channel between servers.",
+        "TLS for devices, operators, nodes and Redis.",
         required=True,
         example=False,
     )

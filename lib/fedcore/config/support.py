@@ -21,7 +21,6 @@ SERVED: dict[str, tuple[object, ...]] = {
     "encrypt.encrypt_type": (EncryptType.NOT_ENCRYPT,),
     "compression.upload_compress_type": (UploadCompressType.NO_COMPRESS,),
     "compression.download_compress_type": (DownloadCompressType.NO_COMPRESS,),
-    "client_verify.pki_verify": (False,),
 }
 
 

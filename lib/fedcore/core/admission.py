@@ -21,6 +21,9 @@ START_FULL = "Current amount for startFLJob has reached the threshold. Please st
 UPDATE_FULL = "Current amount for updateModel is enough. Please retry later."
 MISSING_UPDATE_PARTS = "Verify flatbuffers schema failed for RequestUpdateModel."
 MISSING_START_PARTS = "Verify flatbuffers schema failed for RequestFLJob."
+SIGN_DATA_EMPTY = "sign data is empty."
+START_UNPROVEN = "startFLJob sign and certificate verify failed."
+KEY_KNOWN = "startFLJob: store key attestation failed"
 
 
 def bad_schema(table: str) -> str:
@@ -57,6 +60,7 @@ class Selection(StrEnum):
 
     SELECTED = "selected"
     KNOWN = "known"  # a repeat: this client already holds a place
+    OTHER_KEY = "other key"  # this client holds a place with another key to sign with
     UPLOADED = "uploaded"  # this client's update of this iteration is already counted
     FULL = "full"
     RESERVED = "reserved"  # full, but this client was refused before: refused again, it may give up
@@ -74,15 +78,44 @@ class Acceptance(StrEnum):
     UNFIT = "unfit"  # everything shared allows it, but its weights may not count
 
 
-def data_size_fault(data_size: int) -> str | None:
-    """Return why a declared data size is refused, or None.
+class Standing(StrEnum):
+    """What became of the signature under a request other than startFLJob."""
+
+    PASSED = "passed"
+    FAILED = "failed"  # it is missing, or not this client's under this request
+    STALE = "stale"  # too old or too new, or used before
+    UNKNOWN = "unknown"  # of a client without a place in this iteration
+
+
+def judge_signature(standing: Standing, fl_id: str | None = None) -> Verdict | None:
+    """Refuse a request for its signature; None if that is good.
+
+    Args:
+        standing: what became of it.
+        fl_id: the client, which only updateModel names in its answer.
+    """
+    match standing:
+        case Standing.FAILED:
+            return Verdict(400, f"verify signature failed{_named(fl_id)}")
+        case Standing.STALE | Standing.UNKNOWN:
+            found = "verify signature timestamp failed or cannot find its key attestation"
+            return Verdict(300, f"{found}{_named(fl_id)}")
+    return None
+
+
+def _named(fl_id: str | None) -> str:
+    return "." if fl_id is None else f" for fl id {fl_id}"
+
+
+def data_size_fault(data_size: int, largest: int = MAX_DATA_SIZE) -> str | None:
+    """Return why a declared data size is refused, or None; ``largest`` is the greatest that may have a place.
 
     The original widens a negative size to a huge unsigned one and calls it too large; a test for "not enough"
     comes first there too, so only 0 is not enough.
     """
     if data_size == 0:
         return "FL job data size is not enough."
-    if not 0 < data_size <= MAX_DATA_SIZE:
+    if not 0 < data_size <= largest:
         return "FL job data size is too large."
     return None
 
@@ -98,6 +131,8 @@ def judge_start(selection: Selection, fl_id: str, fault: str | None) -> Verdict:
     match selection:
         case Selection.SELECTED | Selection.KNOWN:
             return Verdict(200, SELECTED_OK)
+        case Selection.OTHER_KEY:
+            return Verdict(300, KEY_KNOWN)
         case Selection.UPLOADED:
             return Verdict(300, f"Updating device metadata failed for fl id {fl_id}")
         case Selection.UNFIT:
@@ -107,7 +142,13 @@ def judge_start(selection: Selection, fl_id: str, fault: str | None) -> Verdict:
 
 
 def judge_update(
-    acceptance: Acceptance, fl_id: str, requested: int, current: int, next_req_time: int
+    acceptance: Acceptance,
+    fl_id: str,
+    requested: int,
+    current: int,
+    next_req_time: int,
+    *,
+    too_far: bool = False,
 ) -> Verdict:
     """Answer an updateModel from the store's word.
 
@@ -117,6 +158,8 @@ def judge_update(
         requested: iteration named in the request.
         current: the server's iteration.
         next_req_time: milliseconds since the epoch, for the text.
+        too_far: the update is unfit only because it is too far from the model. An unmodified device ends for good after
+            a 400; it may have trained in good faith, and comes back after a 300.
     """
     match acceptance:
         case Acceptance.ACCEPTED | Acceptance.REPEATED:
@@ -131,5 +174,7 @@ def judge_update(
                 f"UpdateModel iteration number is invalid:{requested}, current iteration:{current}, "
                 f"Retry later at time: {next_req_time}, fl id is {fl_id}",
             )
+        case Acceptance.UNFIT if too_far:
+            return Verdict(300, f"The update is too far from the model, retry later at time: {next_req_time}")
         case Acceptance.UNFIT:
             return Verdict(400, f"Verify model feature map failed, retry later at time: {next_req_time}")

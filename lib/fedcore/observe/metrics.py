@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -20,6 +21,7 @@ UNAVAILABLE = "unavailable"
 REFUSED = "refused"
 UNREACHABLE = "unreachable"
 _REQUEST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_NORM_BUCKETS = tuple(step * 10.0**power for power in range(-3, 4) for step in (1, 2, 5))
 _ITERATION_BUCKETS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600, 14400)
 
 
@@ -39,10 +41,50 @@ class CommonMetrics:
             "fl_redis_errors_total", "Redis commands that failed", registry=self.registry
         )
         self.redis_up = Gauge("fl_redis_up", "1 while the connection to Redis stands", registry=self.registry)
+        self._certificates = Gauge(
+            "fl_certificate_expiry_timestamp_seconds",
+            "End of each certificate in use, in seconds since the epoch",
+            ["file", "subject"],
+            registry=self.registry,
+        )
+        self._revocations = Gauge(
+            "fl_revocation_list_next_update_timestamp_seconds",
+            "When the revocation lists in use should be followed by others, in seconds since the epoch",
+            ["file"],
+            registry=self.registry,
+        )
+
+    def show_certificates(
+        self, ends: Iterable[tuple[str, str, float]], lists: Iterable[tuple[str, float]]
+    ) -> None:
+        """Show the ends of the certificates in use: (file, subject, seconds); of revocation lists: (file, seconds)."""
+        self._certificates.clear()
+        for file, subject, seconds in ends:
+            self._certificates.labels(file, subject).set(seconds)
+        self._revocations.clear()
+        for file, seconds in lists:
+            self._revocations.labels(file).set(seconds)
 
     def render(self) -> bytes:
         """Return all metrics in the text format of Prometheus."""
         return generate_latest(self.registry)
+
+
+class SchedulerMetrics(CommonMetrics):
+    """What fl-schedulerd tells."""
+
+    def __init__(self) -> None:
+        super().__init__("schedulerd")
+        self._denied = Counter(
+            "fl_operator_denials_total",
+            "Requests to change the job that were refused for want of an operator's token or certificate, by reason",
+            ["reason"],
+            registry=self.registry,
+        )
+
+    def deny_operator(self, reason: str) -> None:
+        """Count one refused request; ``reason`` is that of an ``operator_access.Denial``."""
+        self._denied.labels(reason).inc()
 
 
 class ServerMetrics(CommonMetrics):
@@ -66,6 +108,29 @@ class ServerMetrics(CommonMetrics):
         self._updates_refused = Counter(
             "fl_updates_refused_total", "Updates not counted, by reason", ["reason"], registry=registry
         )
+        self.updates_clipped = Counter(
+            "fl_updates_clipped_total",
+            "Updates beyond fedcore.update.norm_bound that were brought nearer to the model",
+            registry=registry,
+        )
+        self.update_norm = Histogram(
+            "fl_update_norm",
+            "L2 norm of an update's difference to the model it was trained from; with a norm_bound only",
+            buckets=_NORM_BUCKETS,
+            registry=registry,
+        )
+        self.data_sizes_refused = Counter(
+            "fl_data_sizes_refused_total",
+            "Requests of startFLJob whose data size is above fedcore.update.max_data_size",
+            registry=registry,
+        )
+        self._device_trust = Gauge(
+            "fl_device_trust_expiry_timestamp_seconds",
+            "With client_verify.pki_verify: end of each root, and when the revocation list should be followed by "
+            "another one, in seconds since the epoch",
+            ["file"],
+            registry=registry,
+        )
         self.updates_lost = Counter(
             "fl_updates_lost_total",
             "Updates that were counted and then lost, with a server and its ledger",
@@ -75,6 +140,12 @@ class ServerMetrics(CommonMetrics):
             "fl_iteration_attempt", "Attempt at the current iteration, from 1", registry=registry
         )
         self.peers = Gauge("fl_peers", "Other servers of the job that live", registry=registry)
+        self._devices_refused = Counter(
+            "fl_device_refusals_total",
+            "Device connections and requests turned away or cut off by the listener, by reason",
+            ["reason"],
+            registry=registry,
+        )
         self.connections = Gauge("fl_device_connections", "Open device connections", registry=registry)
         self.iteration = Gauge("fl_iteration", "Number of the current iteration", registry=registry)
         self._phase = Gauge("fl_iteration_phase", "1 for the current phase", ["phase"], registry=registry)
@@ -121,9 +192,19 @@ class ServerMetrics(CommonMetrics):
         counter.inc()
         self._timers[route].observe(seconds)
 
+    def show_device_trust(self, ends: Mapping[str, float]) -> None:
+        """Show until when the files are good that devices' certificates are judged by: file -> seconds."""
+        self._device_trust.clear()
+        for file, seconds in ends.items():
+            self._device_trust.labels(file).set(seconds)
+
     def refuse_update(self, reason: str) -> None:
-        """Count one refused update; ``reason`` is an Acceptance, ``malformed`` or ``model``."""
+        """Count one refused update; ``reason`` is an Acceptance, ``malformed``, ``norm`` or ``signature``."""
         self._updates_refused.labels(reason).inc()
+
+    def refuse_device(self, reason: str) -> None:
+        """Count what the device listener turned away; ``reason`` is a net.routes.Refused."""
+        self._devices_refused.labels(str(reason)).inc()
 
     def show_evaluation(self, eval_type: str, score: float | None) -> None:
         """Show the score of the last iteration; None if another server has it."""

@@ -18,21 +18,24 @@ from twisted.python.failure import Failure
 
 from fedcore.config import ServerMode, Settings
 from fedcore.core import admission, backoff
-from fedcore.core.admission import Acceptance, Selection, Verdict
+from fedcore.core.admission import Acceptance, Selection, Standing, Verdict
 from fedcore.core.client_key import client_key
-from fedcore.errors import ArrayError, FedcoreError, MalformedRequest, StoreError
+from fedcore.errors import FedcoreError, MalformedRequest, StoreError
+from fedcore.identity import freshness, messages
 from fedcore.ledger.layout import MAX_FL_ID
 from fedcore.ledger.ledger import Slot
 from fedcore.ledger.spool import Spool
 from fedcore.net.routes import Response, Route, Sink
 from fedcore.observe.metrics import OUTCOMES, UNAVAILABLE, ServerMetrics
 from fedcore.services.answers import Answer, Answers
+from fedcore.services.device_identity import DeviceIdentity, Entry, Signed, is_provable
 from fedcore.services.iteration_driver import IterationDriver
+from fedcore.services.screening import Finding, Screening
 from fedcore.services.terms import update_limit
 from fedcore.services.update_intake import NoRoom, UpdateIntake
-from fedcore.store.cluster_state import ClientMeta, IterationMoved, Reserve, StateMissing
+from fedcore.store.cluster_state import ClientMeta, ClusterState, IterationMoved, Reserve, StateMissing
 from fedcore.wire import codec
-from fedcore.wire.arrays import Layout, all_finite, check_update
+from fedcore.wire.arrays import Layout, all_finite
 from fedcore.wire.messages import (
     CompressFeatureMap,
     CompressType,
@@ -79,8 +82,12 @@ class ClientApi:
         reactor: Any,
         now_ms: Callable[[], int],
         chance: Callable[[], float],
+        identity: DeviceIdentity | None = None,
     ) -> None:
-        """Answer from ``driver`` and ``intake``; ``now_ms`` is the wall clock, ``chance`` gives 0..1."""
+        """Answer from ``driver`` and ``intake``.
+
+        ``now_ms`` is the wall clock, ``chance`` gives 0..1; ``identity`` judges signatures, if devices must sign.
+        """
         self.stopping = False
         self.for_workers = settings.server_mode is ServerMode.CLOUD_TRAINING
         self.driver = driver
@@ -90,12 +97,15 @@ class ClientApi:
         self.answers = Answers(settings, driver.models)
         self.answers.open(driver.iteration.number)
         driver.on_terms.append(self._follow_terms)
+        self._screening = Screening(settings, layout, driver.models, intake, metrics)
         self._hold = settings.fedcore.device.hold_time
+        self._largest_size = settings.fedcore.update.max_data_size
         self._margin_ms = int(settings.fedcore.device.retry_margin * 1000)
         self._metrics = metrics
         self._reactor = reactor
         self._now_ms = now_ms
         self._chance = chance
+        self._identity = identity
         self._answers_of = 0
 
     # ---- rounds
@@ -108,7 +118,12 @@ class ClientApi:
             return self._refuse_start(Verdict(400, admission.bad_schema("RequestFLJob")))
         if not _is_id(request.fl_id) or request.fl_name is None or request.timestamp is None:
             return self._refuse_start(Verdict(400, admission.MISSING_START_PARTS))
-        fault = admission.data_size_fault(request.data_size)
+        if self._identity is not None and not is_provable(request):
+            return self._refuse_start(Verdict(400, admission.MISSING_START_PARTS))
+        entry: Entry | None = None
+        fault = admission.data_size_fault(request.data_size, self._largest_size)
+        if request.data_size > self._largest_size:
+            self._metrics.data_sizes_refused.inc()
         until = self._reactor.seconds() + self._hold
         while True:
             text = await self._pass_gate("startFLJob", until)
@@ -116,7 +131,12 @@ class ClientApi:
                 return text
             seen = self.driver.where
             try:
-                selection = await self._select(request, seen[0], fault is None)
+                if self._identity is not None:
+                    entry = entry or self._identity.enter(request)
+                    refusal = await self._unproven(entry, seen[0], request, body)
+                    if refusal is not None:
+                        return self._refuse_start(refusal)
+                selection = await self._select(request, seen[0], fault is None, entry)
             except StoreError as error:
                 if await self._settled(error, seen, until):
                     continue
@@ -179,10 +199,19 @@ class ClientApi:
 
     # ---- steps
 
-    async def _select(self, request: RequestFLJob, number: int, fit: bool) -> Selection:
+    async def _unproven(
+        self, entry: Entry, number: int, request: RequestFLJob, body: memoryview
+    ) -> Verdict | None:
+        cluster = self.driver.cluster
+        assert self._identity is not None and cluster is not None
+        places = self.driver.policy.start_threshold
+        return await self._identity.refusal(cluster, number, places, entry, request, body)
+
+    async def _select(self, request: RequestFLJob, number: int, fit: bool, entry: Entry | None) -> Selection:
         cluster = self.driver.cluster
         assert cluster is not None and request.fl_id is not None
-        meta = ClientMeta(request.data_size, max(0, request.eval_data_size), self._now_ms())
+        key = "" if entry is None else entry.key
+        meta = ClientMeta(request.data_size, max(0, request.eval_data_size), self._now_ms(), key)
         margin = self._margin_ms  # a refused device returns within two of them after the expected opening
         reserve = Reserve(self._next_req_time() - self._now_ms(), 2 * margin, margin)
         selection, count = await cluster.select_client(
@@ -193,7 +222,8 @@ class ClientApi:
         return selection
 
     async def _count(self, slot: Slot, request: RequestUpdateModel) -> tuple[Acceptance | None, Answer | str]:
-        fits = self._fits_model(request)
+        signed = await self._signed(slot, request)  # the body may be clipped later
+        screened = self._screening.of(slot, request)
         until = self._reactor.seconds() + self._hold
         while True:
             text = await self._pass_gate("updateModel", until)
@@ -201,7 +231,11 @@ class ClientApi:
                 return None, text
             cluster, iteration = self.driver.cluster, self.driver.iteration
             assert cluster is not None
+            standing, finding = Standing.PASSED, Finding.UNFIT
             try:
+                standing = await self._standing(cluster, signed)
+                if standing is Standing.PASSED:
+                    finding = await screened.finding(cluster, iteration.number, iteration.attempt)
                 acceptance, count = await self.intake.accept(
                     slot,
                     request,
@@ -209,33 +243,53 @@ class ClientApi:
                     iteration.number,
                     iteration.attempt,
                     quorum=self.driver.policy.update_threshold,
-                    fit=fits,
+                    fit=finding is Finding.FIT,
                 )
             except StoreError as error:
                 if await self._settled(error, (iteration.number, iteration.attempt), until):
                     continue
-                acceptance, count = Acceptance.FULL, 0
+                acceptance, count, finding = Acceptance.FULL, 0, Finding.FIT
+            if acceptance is Acceptance.UNFIT and finding is Finding.UNKNOWN:
+                continue  # it has got its place meanwhile
+            too_far = acceptance is Acceptance.UNFIT and finding is Finding.TOO_FAR
+            if (
+                acceptance is Acceptance.UNFIT
+                and standing is Standing.UNKNOWN
+                and self._reactor.seconds() < until
+            ):
+                continue  # likewise
+            refusal: Verdict | None = None
+            if acceptance in (Acceptance.UNFIT, Acceptance.REPEATED):
+                refusal = admission.judge_signature(standing, request.fl_id)
             if acceptance is Acceptance.ACCEPTED:
                 self._metrics.updates_accepted.inc()
                 self._metrics.upload_bytes.inc(slot.length)
                 self.driver.upload_counted(cluster, iteration.number, iteration.attempt, count)
+            elif refusal is not None:
+                self._metrics.refuse_update("signature")
             elif acceptance is not Acceptance.REPEATED:
-                self._metrics.refuse_update(acceptance.value)
+                self._metrics.refuse_update("norm" if too_far else acceptance.value)
             next_req_time = self._next_req_time()
             number = self.driver.iteration.number
-            verdict = admission.judge_update(
-                acceptance, request.fl_id or "", request.iteration, number, next_req_time
+            verdict = refusal or admission.judge_update(
+                acceptance, request.fl_id or "", request.iteration, number, next_req_time, too_far=too_far
             )
             return acceptance, self.answers.update(verdict.code, verdict.reason, next_req_time)
 
-    def _fits_model(self, request: RequestUpdateModel) -> bool:
-        named = ((item.weight_fullname, item.data) for item in request.feature_map or ())
-        weights = {name: data for name, data in named if name is not None and data is not None}
-        try:
-            check_update(self.layout, weights)
-        except ArrayError:
-            return False
-        return True
+    async def _signed(self, slot: Slot, request: RequestUpdateModel) -> Signed | None:
+        """Return what is to be judged of an update's signature, None if devices need not sign."""
+        if self._identity is None:
+            return None
+        digest = await self.intake.compute(lambda: freshness.digest_of(slot.body))
+        number, stamp = request.iteration, request.timestamp
+        message = messages.of_round(stamp or "", number)
+        return Signed("updateModel", request.fl_id, number, stamp, request.signature, message, digest)
+
+    async def _standing(self, cluster: ClusterState, signed: Signed | None) -> Standing:
+        """Judge the signature of an update; what need not be signed has passed."""
+        if self._identity is None or signed is None:
+            return Standing.PASSED
+        return await self._identity.standing(cluster, signed)
 
     # ---- holding and refusing
 
@@ -312,6 +366,7 @@ class ClientApi:
         """Tell devices what the settings say that are in force now."""
         self.answers = Answers(settings, self.driver.models)
         self._answers_of = 0
+        self._screening = Screening(settings, self.layout, self.driver.models, self.intake, self._metrics)
 
     @property
     def _current(self) -> Answers:
@@ -477,6 +532,10 @@ class DevicePages:
     def not_found(self) -> Response:
         page = b"<html><head><title>404 Not Found</title></head><body><h1>Not Found</h1></body></html>\n"
         return Response((page,), 404, b"text/html")
+
+    def too_many(self) -> Response:
+        # Of all answers only this text makes an unmodified device wait and try again, and only with a 200.
+        return Response((admission.SAFEMODE.encode(),), 200, _TEXT)
 
     def error(self, error: BaseException) -> Response:
         if isinstance(error, FedcoreError):

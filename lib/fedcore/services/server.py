@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
 from twisted.internet import defer
 from twisted.logger import Logger
 
@@ -32,11 +33,14 @@ from fedcore.net.networks import Networks
 from fedcore.net.node_client import NodeClient
 from fedcore.net.node_listener import NodeListener
 from fedcore.net.routes import Limits, Route
+from fedcore.net.tls import Links
 from fedcore.observe.journal import Journal
 from fedcore.observe.metrics import ServerMetrics
+from fedcore.pki.chain import fits
 from fedcore.services.callbacks import Callback
 from fedcore.services.client_api import ClientApi, DevicePages, device_routes
 from fedcore.services.departure import Departure
+from fedcore.services.device_identity import device_identity_of
 from fedcore.services.evaluation import evaluation_of
 from fedcore.services.heartbeat import Heartbeat
 from fedcore.services.iteration_driver import IterationDriver, Parts
@@ -104,8 +108,18 @@ class Server:
         metrics: ServerMetrics,
         callback: Callback,
         reactor: Any,
+        links: Links | None = None,
     ) -> None:
         """Build a server; nothing is started.
+
+        Args:
+            settings: the job's.
+            options: of the command line.
+            redis: the connection.
+            metrics: of this daemon.
+            callback: follows the training.
+            reactor: for time and connections.
+            links: TLS of the node channel, None if it has none.
 
         Raises:
             ConfigError: there is no model to serve.
@@ -124,7 +138,13 @@ class Server:
         node_id = f"{address}::{_stamp()}::{random.SystemRandom().randint(10000, 99999)}"
         self.node_address = address
         longest = max(MAX_DATA, update_limit(layout), template.size + (1 << 20))
-        self._client = NodeClient(node_id, max_data=longest, jitter=random.random, reactor=reactor)
+        self._client = NodeClient(
+            node_id,
+            max_data=longest,
+            jitter=random.random,
+            reactor=reactor,
+            encrypt=links.node_connecting if links is not None else None,
+        )
         peers = Peers(self._client)
         shape = ledger_shape(settings, layout)
         self.threads = threads = WatchedThreads(reactor, longest_work(shape.size))
@@ -164,7 +184,17 @@ class Server:
         self._departure = Departure(driver, parts)
         reporter.on_iteration_end.append(callback.on_iteration_end)
         self._on_iteration_end = reporter.on_iteration_end
-        self._api = ClientApi(settings, layout, driver, intake, metrics, reactor, _now_ms, random.random)
+        self._api = ClientApi(
+            settings,
+            layout,
+            driver,
+            intake,
+            metrics,
+            reactor,
+            _now_ms,
+            random.random,
+            device_identity_of(settings, _now_ms, metrics.show_device_trust),
+        )
         self._heartbeat = heartbeat = Heartbeat(
             lambda: driver.cluster, "server", node_id, str(address), reactor
         )
@@ -183,11 +213,20 @@ class Server:
         self.site = DeviceSite(
             device_routes(self._api, prefix, metrics, reactor.seconds),
             DevicePages(),
-            Limits(device.header_timeout, device.body_timeout, device.min_body_rate, device.idle_timeout),
+            Limits(
+                device.header_timeout,
+                device.body_timeout,
+                device.min_body_rate,
+                device.idle_timeout,
+                device.connections_per_address,
+                device.request_rate,
+                device.request_burst,
+            ),
             device.max_connections,
             reactor,
             private=private,
             insiders=allowed,
+            refused=metrics.refuse_device,
         )
         node_api = NodeApi(driver, self._api, intake, ledgers, publication, peers, allowed, workers)
         self.node_listener = NodeListener(
@@ -197,6 +236,7 @@ class Server:
             max_connections=settings.client.connection_num,
             allowed=lambda host: True,  # each command says whom it serves
             reactor=reactor,
+            names_fit=links.names_fit if links is not None else fits,
         )
         metrics.connections.set_function(lambda: len(self.site.connections))
         metrics.redis_up.set_function(lambda: redis.available)
@@ -244,6 +284,11 @@ class Server:
 
     def _measure(self, ledger: int) -> None:
         self.threads.longest = longest_work(ledger)
+
+    def drop_nodes(self, unwanted: Callable[[x509.Certificate], bool]) -> None:
+        """Close the connections from and to nodes whose certificate is not wanted any more."""
+        self.node_listener.drop(unwanted)
+        self._client.drop(unwanted)
 
     def started(self) -> None:
         """Tell the callback that the server listens."""

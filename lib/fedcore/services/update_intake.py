@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from twisted.application.service import Service
 from twisted.internet import defer, task, threads
@@ -28,6 +29,8 @@ from fedcore.wire.messages import RequestUpdateModel
 INLINE_FLOATS = 1 << 18
 REPLICATION_MS = 100  # longest wait for a replica of Redis; the ledger can bring back what a fail-over loses
 RETRY_S = 0.1  # pause before a question that Redis could not answer is asked again
+
+T = TypeVar("T")
 
 
 class NoRoom(FedcoreError):
@@ -70,7 +73,8 @@ class UpdateIntake(Service):
         self._ledgers = ledgers
         self._spool_dir = spool_dir
         self._node_id = node_id
-        self._inline = model_floats <= INLINE_FLOATS and not ledgers.durable
+        self._small = model_floats <= INLINE_FLOATS
+        self._inline = self._small and not ledgers.durable
         self._room_timeout = room_timeout
         self._reactor = reactor
         self._vectors_kept = vectors_kept
@@ -153,6 +157,14 @@ class UpdateIntake(Service):
             if room is None:
                 return
             self._waiting.popleft().callback(room)
+
+    async def compute(self, work: Callable[[], T]) -> T:
+        """Do work that looks at all values of one update: at once, or in a thread if they are many."""
+        if self._small:
+            return work()
+        done = threads.deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work)
+        result: T = await done
+        return result
 
     # ---- acceptance
 

@@ -107,6 +107,14 @@ class Raised(StrEnum):
     KEPT = "kept"  # Redis was as far or further
 
 
+class Use(StrEnum):
+    """What became of a signature that was shown; the values are the script's words."""
+
+    NEW = "new"
+    REPEATED = "repeated"  # the same request came before
+    USED = "used"  # another request bore it
+
+
 class Rebased(StrEnum):
     """What became of an attempt to rebase the job; the values are the script's words."""
 
@@ -123,21 +131,24 @@ class ClientMeta:
         data_size: training samples, 1..65535.
         eval_data_size: evaluation samples, >= 0.
         start_ms: when it was selected, milliseconds since the epoch, the server's clock.
+        key: with which it signs its requests, SubjectPublicKeyInfo in base64; "" while devices need not sign.
     """
 
     data_size: int
     eval_data_size: int
     start_ms: int
+    key: str = field(default="", repr=False)
 
     def pack(self) -> str:
         """Return the form that Redis holds."""
-        return f"{self.data_size},{self.eval_data_size},{self.start_ms}"
+        declared = f"{self.data_size},{self.eval_data_size},{self.start_ms}"
+        return f"{declared},{self.key}" if self.key else declared
 
     @classmethod
     def unpack(cls, packed: bytes) -> ClientMeta:
         """Read the form that Redis holds."""
-        data_size, eval_data_size, start_ms = packed.split(b",")
-        return cls(int(data_size), int(eval_data_size), int(start_ms))
+        data_size, eval_data_size, start_ms, *key = packed.split(b",")
+        return cls(int(data_size), int(eval_data_size), int(start_ms), *(part.decode() for part in key))
 
 
 class Reserve(NamedTuple):
@@ -314,6 +325,27 @@ class ClusterState:
         self._raise_if_elsewhere(word, count)
         return Selection(word.decode()), int(count)
 
+    async def places_taken(self, number: int) -> int:
+        """Return how many clients hold a place in an iteration."""
+        return int(await self.redis.command("HLEN", self.keys.clients(number)))
+
+    async def use_signature(
+        self, fl_id: str, signature: bytes, request: bytes, *, stamp: int, oldest: int, lifetime_ms: int
+    ) -> Use:
+        """Take note of a client's signature, which is good for one request.
+
+        Args:
+            fl_id: the client.
+            signature: 16 bytes that stand for it.
+            request: 16 bytes that stand for the request that bears it.
+            stamp: the request's time stamp, milliseconds, 13 digits.
+            oldest: time stamps before this are not taken any more, by no server.
+            lifetime_ms: how long it may be of interest that the signature was used.
+        """
+        arguments: list[Argument] = [signature, request, stamp, oldest, keys.SIGNATURES_KEPT, lifetime_ms]
+        names = [keys.signatures(self.keys.fl_name, client_key(fl_id))]
+        return Use((await self.redis.script("use_signature", names, arguments)).decode())
+
     async def accept_upload(
         self,
         number: int,
@@ -406,6 +438,11 @@ class ClusterState:
     async def is_alive(self, role: str, node_id: str) -> bool:
         """Tell whether a node's lease holds."""
         return bool(await self.redis.command("EXISTS", self.keys.heartbeat(role, node_id)))
+
+    async def client_meta(self, number: int, fl_id: str) -> ClientMeta | None:
+        """Return what a client declared when it got its place in an iteration, None if it has none."""
+        meta = await self.redis.command("HGET", self.keys.clients(number), client_key(fl_id))
+        return None if meta is None else ClientMeta.unpack(meta)
 
     async def counted(self, number: int, ledger_id: str, fl_ids: Sequence[str]) -> dict[str, ClientMeta]:
         """Return those of the clients whose update of an iteration is counted in this ledger."""

@@ -14,15 +14,19 @@
     P evaluation:Hash                               hash    evaluation client -> its newest evaluation vector, float32
     P evaluated:ZSet                                zset    evaluation client -> when that was kept (microseconds)
     P revoked:Hash                                  hash    job        ledger that was given up -> in which iteration
-    I clients:Hash                                  hash    iteration  client -> "data_size,eval_data_size,start_ms"
+    I clients:Hash                                  hash    iteration  client -> "data_size,eval_data_size,start_ms",
+                                                                       and where devices must sign ",key"
     I uploads:Hash                                  hash    iteration  client -> id of the ledger that holds its update
     P {run}:awaited:Hash                            hash    1 h        node id -> since when (ms) it may bring back what
                                                                        the Redis of this run id has lost, or "back"
+    ms_fl:{fl}:signatures:{client}:String           string  see below  signatures that a client has used, where devices
+                                                                       must sign; use_signature.lua
     ms_fl:{fl}:changes                              channel -          a word when others should look; scripts
 
 with P = ms_fl:{fl}:{instance}: and I = P{iteration}:. The names down to worker:Hash, and ModelInfo, are those that
 the workers and schedulers of MindSpore Federated 0.1 read; the others are fedcore's own. A client is named by its key
-(core/client_key.py), which a ledger knows too: so what Redis forgets can be brought back from the ledgers.
+(core/client_key.py), which a ledger knows too: so what Redis forgets can be brought back from the ledgers. Used
+signatures live until the time stamps under them are too old to be taken.
 
 Fields of status:Hash. Theirs: iterationNum, lastIterationSuccess ("0"/"1"), lastIterationResult, runningState.
 Ours: attempt, phase, token (of the finaliser, see claim_reduction.lua), fence (number of the last token), digest (of
@@ -44,6 +48,9 @@ HOLD_OFF_S = 1.5  # for so long no update is counted meanwhile; they need less, 
 AWAITED_TTL_S = 3_600
 REVOKED = "revoked"  # owner of a ledger whose updates were given up
 RELEASE_TTL_S = 60  # an ended iteration's clients and uploads still answer late repeats for this long
+SIGNATURES_KEPT = (
+    512  # of one client, the newest: 23 KB, far more than it sends while its time stamps are taken
+)
 _WEEK_S = 604_800
 _DAY_S = 86_400
 _ITERATION_SLACK_S = 1_800
@@ -57,6 +64,11 @@ def instance_name(fl_name: str) -> str:
 def model_info(fl_name: str) -> str:
     """Key of the names and sizes of the job's weights."""
     return f"ms_fl:{fl_name}:ModelInfo:String"
+
+
+def signatures(fl_name: str, client: str) -> str:
+    """Key of the signatures that a client has used lately; they outlive instances, as time stamps do."""
+    return f"ms_fl:{fl_name}:signatures:{client}:String"
 
 
 def changes(fl_name: str) -> str:

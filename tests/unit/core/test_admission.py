@@ -9,10 +9,12 @@ from fedcore.core.admission import (
     MISSING_UPDATE_PARTS,
     Acceptance,
     Selection,
+    Standing,
     Verdict,
     bad_schema,
     data_size_fault,
     gate,
+    judge_signature,
     judge_start,
     judge_update,
 )
@@ -125,3 +127,33 @@ def test_texts_of_bodies_that_are_no_requests() -> None:
     assert bad_schema("RequestGetModel") == "The schema of RequestGetModel is invalid."
     assert MISSING_START_PARTS == "Verify flatbuffers schema failed for RequestFLJob."
     assert MISSING_UPDATE_PARTS == "Verify flatbuffers schema failed for RequestUpdateModel."
+
+
+@pytest.mark.parametrize(
+    ("standing", "verdict", "of_update"),
+    [
+        (Standing.PASSED, None, None),
+        (
+            Standing.FAILED,
+            Verdict(400, "verify signature failed."),
+            Verdict(400, "verify signature failed for fl id x"),
+        ),
+        (
+            Standing.STALE,
+            Verdict(300, "verify signature timestamp failed or cannot find its key attestation."),
+            Verdict(300, "verify signature timestamp failed or cannot find its key attestation for fl id x"),
+        ),
+    ],
+)
+def test_signatures(standing: Standing, verdict: Verdict | None, of_update: Verdict | None) -> None:
+    assert judge_signature(standing) == verdict
+    assert judge_signature(standing, "x") == of_update
+
+
+def test_who_has_no_place_is_told_the_same() -> None:
+    assert judge_signature(Standing.UNKNOWN, "x") == judge_signature(Standing.STALE, "x")
+
+
+def test_another_key() -> None:
+    told = judge_start(Selection.OTHER_KEY, "x", None)
+    assert told == Verdict(300, "startFLJob: store key attestation failed")

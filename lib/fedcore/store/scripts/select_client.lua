@@ -5,8 +5,8 @@
 --       when a refused client is told to return, how long before that its place is kept free, and how long after
 --       (all three in milliseconds; the first from now on), the server's instance
 -- Returns {word, number}: "missing" (or the job has another instance); "closed" (not collecting, or another iteration: number is the current one);
--- "known" (a repeat), "uploaded", "full", "reserved" (full, and this client was refused before), "unfit", or
--- "selected" (number is the count).
+-- "known" (a repeat), "other key" (it holds a place with another key, see ClientMeta), "uploaded", "full", "reserved"
+-- (full, and this client was refused before), "unfit", or "selected" (number is the count).
 -- A client refused for want of a place waits in the zset under the time of its return. Others leave it its place
 -- around that time.
 local name = redis.call('GET', KEYS[5])
@@ -14,7 +14,11 @@ if name and name ~= ARGV[10] then return {'missing', 0} end
 local number, phase, state = unpack(redis.call('HMGET', KEYS[1], 'iterationNum', 'phase', 'runningState'))
 if not number then return {'missing', 0} end
 if number ~= ARGV[1] or (state or '0') ~= '0' then return {'closed', tonumber(number)} end
-if redis.call('HEXISTS', KEYS[2], ARGV[2]) == 1 then
+local held = redis.call('HGET', KEYS[2], ARGV[2])
+if held then
+  -- What was brought back from a ledger has no key; that client's update is counted.
+  local key = held:match('^[^,]*,[^,]*,[^,]*,(.*)$')
+  if key and key ~= ARGV[3]:match('^[^,]*,[^,]*,[^,]*,(.*)$') then return {'other key', 0} end
   if redis.call('HEXISTS', KEYS[3], ARGV[2]) == 1 then return {'uploaded', 0} end
   return {'known', 0}
 end
