@@ -74,6 +74,10 @@ class Acceptance(StrEnum):
     UNFIT = "unfit"  # everything shared allows it, but its weights may not count
 
 
+# Whose sender needs a place when it comes again; OTHER_ITERATION means that it has one in the current iteration.
+NEEDS_PLACE = (Acceptance.FULL, Acceptance.UNKNOWN_CLIENT)
+
+
 def data_size_fault(data_size: int) -> str | None:
     """Return why a declared data size is refused, or None.
 

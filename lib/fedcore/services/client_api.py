@@ -7,6 +7,7 @@ devices give up after two refusals.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Awaitable, Callable
@@ -127,21 +128,22 @@ class ClientApi:
             verdict = admission.judge_start(selection, request.fl_id, fault)
             changed = seen[0] != self.driver.iteration.number or not self.driver.serving
             if verdict.code == 200 and changed:  # the place was in an iteration that has ended meanwhile
-                if self._reactor.seconds() < until:
+                if self._left(until):
                     continue
                 verdict = Verdict(300, admission.START_FULL)
-            return (
-                self._current.selected(self._opening())
-                if verdict.code == 200
-                else self._refuse_start(verdict)
-            )
+            if verdict.code == 200:
+                return self._current.selected(self._opening())
+            if verdict.reason == admission.START_FULL and not self._left(until):
+                # It was held in vain: what the shared state was told of its return, if anything, is too early.
+                return self._refuse_start(verdict, await self._return_of(request.fl_id))
+            return self._refuse_start(verdict)
 
     async def update_model(self, room: Slot | Spool) -> Answer | str:
         """Count a device's update; the room that its body lies in is ours to keep or release."""
         try:
             slot = await self.intake.slot_for(room)
         except NoRoom:
-            return self.answers.update(300, admission.UPDATE_FULL, self._next_req_time())
+            return await self._no_room(room.buffer[: room.length])
         kept = False
         try:
             request = codec.decode(RequestUpdateModel, slot.body)
@@ -183,8 +185,7 @@ class ClientApi:
         cluster = self.driver.cluster
         assert cluster is not None and request.fl_id is not None
         meta = ClientMeta(request.data_size, max(0, request.eval_data_size), self._now_ms())
-        margin = self._margin_ms  # a refused device returns within two of them after the expected opening
-        reserve = Reserve(self._next_req_time() - self._now_ms(), 2 * margin, margin)
+        reserve = self._reserve(self._next_req_time())
         selection, count = await cluster.select_client(
             number, request.fl_id, meta, places=self.driver.policy.start_threshold, fit=fit, reserve=reserve
         )
@@ -221,12 +222,34 @@ class ClientApi:
                 self.driver.upload_counted(cluster, iteration.number, iteration.attempt, count)
             elif acceptance is not Acceptance.REPEATED:
                 self._metrics.refuse_update(acceptance.value)
-            next_req_time = self._next_req_time()
+            needy = acceptance in admission.NEEDS_PLACE
+            next_req_time = await self._return_of(request.fl_id or "") if needy else self._next_req_time()
             number = self.driver.iteration.number
             verdict = admission.judge_update(
                 acceptance, request.fl_id or "", request.iteration, number, next_req_time
             )
             return acceptance, self.answers.update(verdict.code, verdict.reason, next_req_time)
+
+    async def _no_room(self, body: memoryview) -> Answer:
+        """Refuse a complete update that no slot came free for; who sent it can be read wherever it lies."""
+        fl_id = None
+        with contextlib.suppress(MalformedRequest):
+            fl_id = codec.decode(RequestUpdateModel, body).fl_id
+        next_req_time = await self._return_of(fl_id) if _is_id(fl_id) else self._next_req_time()
+        return self.answers.update(300, admission.UPDATE_FULL, next_req_time)
+
+    async def _return_of(self, fl_id: str) -> int:
+        """Return when a refused client shall come back, and keep a place for it: two refusals end an old device."""
+        next_req_time, cluster = self._next_req_time(), self.driver.cluster
+        if cluster is not None:
+            with contextlib.suppress(StoreError):  # then it must take its chance
+                places, reserve = self.driver.policy.start_threshold, self._reserve(next_req_time)
+                await cluster.reserve_place(fl_id, places=places, reserve=reserve)
+        return max(next_req_time, self._now_ms() + self._margin_ms)  # Redis may have let us wait
+
+    def _reserve(self, next_req_time: int) -> Reserve:
+        """Return how the place of a client is kept that returns within two margins after the expected opening."""
+        return Reserve(next_req_time - self._now_ms(), 2 * self._margin_ms, self._margin_ms)
 
     def _fits_model(self, request: RequestUpdateModel) -> bool:
         named = ((item.weight_fullname, item.data) for item in request.feature_map or ())
@@ -253,8 +276,12 @@ class ClientApi:
 
     async def _store_back(self, until: float) -> bool:
         """Wait until the shared state can be reached; False if that takes too long."""
-        left = until - self._reactor.seconds()
+        left = self._left(until)
         return left > 0 and await self.driver.store_back(left)
+
+    def _left(self, until: float) -> float:
+        """Return for how many seconds a request may still be held, at most until the given moment."""
+        return 0.0 if self.driver.letting_go else max(0.0, until - self._reactor.seconds())
 
     async def _up_to_date(self, wanted: int, until: float) -> bool:
         """Make sure that this server has its model in front, and is not behind the others; False if it cannot.
@@ -280,11 +307,11 @@ class ClientApi:
         return driver.serving or await self._store_back(until)
 
     async def _moved_on(self, seen: tuple[int, int], until: float) -> bool:
-        return await self.driver.moved_on(seen, max(0.0, until - self._reactor.seconds()))
+        return await self.driver.moved_on(seen, self._left(until))
 
     async def _settled(self, error: StoreError, seen: tuple[int, int], until: float) -> bool:
         """After the shared state proved to be elsewhere or away: whether another try is worth it."""
-        if self._reactor.seconds() >= until:
+        if not self._left(until):
             return False
         try:
             await self.driver.look()
@@ -294,7 +321,7 @@ class ClientApi:
             return True
         if isinstance(error, IterationMoved):
             return await self._moved_on(seen, until)
-        await self.driver.moved_on(seen, min(RETRY_S, until - self._reactor.seconds()))
+        await self.driver.moved_on(seen, min(RETRY_S, self._left(until)))
         return True
 
     @property
@@ -337,8 +364,9 @@ class ClientApi:
         opens = backoff.expected_opening(now, filled_ms, self._window_ms, typical_ms)
         return backoff.next_request_time(now, opens, self._margin_ms, self._chance())
 
-    def _refuse_start(self, verdict: Verdict) -> Answer:
-        return self._current.start_refused(verdict.code, verdict.reason, self._next_req_time())
+    def _refuse_start(self, verdict: Verdict, next_req_time: int | None = None) -> Answer:
+        moment = self._next_req_time() if next_req_time is None else next_req_time
+        return self._current.start_refused(verdict.code, verdict.reason, moment)
 
     def _malformed_update(self, reason: str) -> Answer:
         self._metrics.refuse_update("malformed")
