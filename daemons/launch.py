@@ -43,6 +43,7 @@ from fldaemons.configuration import (
 )
 
 EX_CONFIG = 78  # sysexits.h: the configuration is wrong; systemd shall not restart (RestartPreventExitStatus)
+ENDING = (signal.SIGTERM, signal.SIGINT)
 EXTENSION_S = 15.0  # that a stop asks for, again and again
 # For all of a stop: 10 s for requests, 10 s to hand over, 2 s for other nodes, and Redis' answers.
 STOP_LIMIT_S = 90.0
@@ -296,7 +297,10 @@ def run(name: str, build: Callable[[Any, Notifier], Daemon | None]) -> int:
     daemon.started()
     supervision.startService()
     daemon.follow(supervision.changed)
+    reactor.callWhenRunning(_let_signals_end, daemon, reactor)  # type: ignore[attr-defined]
     reactor.run()  # type: ignore[attr-defined]
+    for number in (signal.SIGHUP, *ENDING):  # one more would kill an interpreter that is ending in order
+        signal.signal(number, signal.SIG_IGN)
     log.info("{name} has stopped", name=name)
     return 0 if daemon.fault is None else _failed(name, notifier, daemon.fault)
 
@@ -332,6 +336,20 @@ def _on_hangup(daemon: Daemon, notifier: Notifier, reactor: Any) -> Callable[[in
 
     then = daemon.leave if sys.stderr.isatty() else reload
     return lambda number, frame: reactor.callFromThread(then)
+
+
+def _let_signals_end(daemon: Daemon, reactor: Any) -> None:
+    """Let SIGTERM and SIGINT end a daemon that runs, however often they come.
+
+    Twisted's own handlers, in whose place these are put, take a second signal for a fault of the program.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        reactor.callFromThread(daemon.leave)
+
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's "&" leaves SIGINT to others
+            signal.signal(number, end)
 
 
 def _start(daemon: Daemon, reactor: Any) -> None:

@@ -12,7 +12,7 @@ import click
 
 from fedcore.config import Role, address_of_instance, parse_address
 from fedcore.config.settings import parse_pairs, parse_training_device
-from fedcore.errors import ConfigError, FedcoreError
+from fedcore.errors import ConfigError
 from fedcore.net.sd_notify import Notifier
 from fedcore.observe.health import Readiness
 from fedcore.observe.metrics import WorkerMetrics
@@ -36,7 +36,7 @@ Examples:
 EXIT_CODES = """
 \b
 Exit codes:
-  0   the job is finished, or the worker was told to stop
+  0   it was told to stop
   78  the configuration, or trainer and job together, cannot be used: mend it first
   2   the command line cannot be used: an unknown option, a value of the wrong kind
   1   anything else, such as an exception of the trainer: a new start may help
@@ -66,7 +66,9 @@ Exit codes:
     help="Number N of this worker on its host: configured port + N.",
 )
 def main(**options: Any) -> None:
-    """Train a job's aggregated model further: pull it, train, push it, until the job is finished.
+    """Train a job's aggregated model further: pull it, train, push it.
+
+    Once the job is finished it waits for a new instance of the job, as the servers do.
 
     It keeps nothing that the servers do not have: it may be stopped, restarted, or run several times. Of several
     workers the first to push counts in an iteration.
@@ -129,14 +131,7 @@ def build(
         status=lambda: readiness.status(doing.text),
         follow=doing.follow,
     )
-
-    def end(fault: FedcoreError | None) -> None:
-        if fault is None:
-            daemon.leave()
-        else:
-            daemon.give_up(fault)
-
-    worker.on_end = end
+    worker.on_end = daemon.give_up
     built.append(worker)
     launch.log.info(
         "training {weights} weights, {floats} values, by {trainer} on {device}; {steps} steps between pull and push",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import mmap
 import os
 import random
 import shutil
@@ -485,6 +486,35 @@ def test_a_full_ledger_directory_is_told_and_recovers(tmp_path: Path, small_tmpf
         cluster.start_server("--ledger-dir", str(small_tmpfs), ready=False)
         wait_until(cluster.ready, "the server is ready")
         assert LOST not in cluster.log()
+
+
+def test_models_are_made_while_no_ledger_directory_has_room(tmp_path: Path, small_tmpfs: Path) -> None:
+    """The ledgers that are there take updates, and who makes the model reads the other host's sum all the same."""
+    filling = small_tmpfs / "filling"
+    with cluster_of(tmp_path / "job") as cluster:
+        resize(small_tmpfs, 1 << 26)
+        for n in range(2):
+            cluster.start_server_on(cluster.host(n), n, "--ledger-dir", str(small_tmpfs / str(n)))
+        fill_up(filling)
+        for iteration in (1, 2):
+            start_all(cluster, iteration)
+            for client in range(
+                PLACES
+            ):  # the last one's server seals, and makes the model: once the one, once the other
+                upload(cluster.at((client + iteration) % 2), client, iteration)
+            for n in range(2):
+                model = published(cluster.at(n), iteration)
+                check_model(model, set(range(PLACES)), iteration)
+        assert os.statvfs(small_tmpfs).f_bavail == 0
+        told = cluster.log("server-0") + cluster.log("server-1")
+        assert "cannot be taken" not in told and LOST not in told
+
+
+def fill_up(file: Path) -> None:
+    """Write until the file system is full."""
+    with file.open("wb", buffering=0) as filling, pytest.raises(OSError, match="No space"):
+        while True:
+            filling.write(bytes(mmap.PAGESIZE))
 
 
 def ledger_problem(cluster: Cluster) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import ssl
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -250,6 +252,20 @@ class TestTls:
         url = f"https://localhost:{secured.http}/getModel"
         with pytest.raises(urllib.error.HTTPError, match="500"):
             urllib.request.urlopen(url, context=context, timeout=10)
+
+    def test_an_idle_device_does_not_delay_a_stop(self, secured: Cluster) -> None:
+        """It sleeps, and does not agree to the end of its connection."""
+        secured.start_server("--server-password-file", "password")
+        context = ssl.create_default_context(cafile=secured.directory / "ca.crt")
+        with (
+            socket.create_connection(("localhost", secured.http), timeout=10) as connection,
+            context.wrap_socket(connection, server_hostname="localhost") as device,
+        ):
+            device.sendall(b"POST /getModel HTTP/1.1\r\nContent-Length: 4\r\n\r\nhalf")
+            assert device.recv(1 << 16).startswith(b"HTTP/1.1 200 OK\r\n")
+            began = time.monotonic()
+            assert secured.kill("server", signal.SIGTERM) == 0
+            assert time.monotonic() - began < 6
 
     def test_a_wrong_password_exits_with_78(self, secured: Cluster) -> None:
         (secured.directory / "password").write_text("wrong")

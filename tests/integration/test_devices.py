@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from integration.cluster import WEIGHTS, Cluster, wait_until
-from strict_device import Status, StrictDevice, Why
+from strict_device import Fatal, Status, StrictDevice, Why
 
 from fedclient import Client, FitConfig, FitResult, Outcome, Policy, Summary
 
@@ -103,6 +104,46 @@ def test_strict_devices_survive_more_devices_than_places(tmp_path: Path) -> None
             codes = [code for _, code in device.callbacks]
             assert codes.count(200) >= 5
             assert (300, 300) not in pairwise(codes)
+
+
+def test_strict_devices_survive_updates_that_are_not_needed_any_more(tmp_path: Path) -> None:
+    """Of the eight that have places two are refused with their updates, and others wait for their places."""
+    quick = {"device": {"retry_margin": 0.3, "hold_time": 8.0}}
+    windows = {"start_fl_job_time_window": 3000, "update_model_time_window": 2000}
+    with Cluster(
+        tmp_path,
+        fedcore=quick,
+        start_fl_job_threshold=8,
+        update_model_ratio=0.75,
+        fl_iteration_num=10_000,
+        **windows,
+    ) as cluster:
+        cluster.start_redis()
+        cluster.start_server()
+        devices = {f"device-{i}": strict(cluster, f"device-{i}", 5, seconds=0.05) for i in range(12)}
+        ends: dict[str, object] = {}
+
+        def run(name: str) -> None:
+            try:
+                ends[name] = devices[name].run()
+            except Fatal as end:
+                ends[name] = end.why
+
+        jobs = {name: partial(run, name) for name in devices}
+        training = threading.Thread(target=together, args=(jobs, 100), daemon=True)
+        training.start()
+
+        def refused() -> float:
+            return sum(
+                cluster.metric(f'fl_updates_refused_total{{reason="{reason}"}}')
+                for reason in ("full", "unknown")
+            )
+
+        wait_until(lambda: ends or refused() >= 20, "many updates are refused", 60)
+        for device in devices.values():
+            device.stop()
+        training.join(20)
+        assert ends == dict.fromkeys(devices, Why.STOPPED)
 
 
 def test_the_sdk_trains_beside_strict_devices(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,10 @@ def final_line(directory: Path) -> tuple[float, float]:
         url = f"http://127.0.0.1:{cluster.http}"
         device = Client(code["Line"](), url, fl_name="job", policy=Policy(poll_interval=0.05))
         assert device.run().completed == ITERATIONS
-        assert wait_until(lambda: cluster.processes["worker"].poll() is not None, "the worker ends")
-        assert cluster.processes["worker"].returncode == 0
+        wait_until(lambda: "the job is finished" in cluster.log("worker"), "the worker sees the end")
         log = cluster.log("worker")
+        assert cluster.processes["worker"].poll() is None
+        assert cluster.kill("worker", signal.SIGINT) == 0
         for words in (
             "pulled the aggregate of",
             "trained 50 steps for",

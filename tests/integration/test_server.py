@@ -7,11 +7,13 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from integration.cluster import WEIGHTS, Cluster, filled, wait_until
 
 from fedcore.models.checkpoints import load_newest
@@ -480,6 +482,41 @@ class TestRedisAway:
             assert replies == {"one": 200, "two": 200}
             assert cluster.weights(1)["a.weight"][0] == 2.0
             assert cluster.metric("fl_updates_accepted_total") == 2
+
+
+class TestStop:
+    def test_held_requests_are_answered_at_once(self, tmp_path: Path) -> None:
+        """An iteration that waits for a worker holds them; they are told to come again, to whoever serves then."""
+        with Cluster(tmp_path, fedcore={"device": {"hold_time": 30.0}}) as cluster:
+            cluster.settings["server_mode"] = "HYBRID_TRAINING"
+            cluster.yaml.write_text(yaml.safe_dump(cluster.settings))
+            cluster.start_redis()
+            cluster.start_server()
+            cluster.run_iteration(1, {"one": 1, "two": 1})
+            replies: dict[str, Any] = {}
+
+            def ask(name: str, round_: Callable[[], Any]) -> threading.Thread:
+                thread = threading.Thread(target=lambda: replies.update({name: round_()}), daemon=True)
+                thread.start()
+                return thread
+
+            asked = [
+                ask("getModel", lambda: cluster.model(1)),
+                ask("startFLJob", lambda: cluster.start("three")),
+            ]
+            with socket.create_connection(("127.0.0.1", cluster.http), timeout=20) as idle:
+                idle.sendall(b"POST /getModel HTTP/1.1\r\nContent-Length: 4\r\n\r\nhalf")
+                assert idle.recv(1 << 16).startswith(b"HTTP/1.1 200 OK\r\n")
+                wait_until(lambda: cluster.metric("fl_device_connections") == 3, "all are connected")
+                began = time.monotonic()
+                assert cluster.kill("server", signal.SIGTERM) == 0
+                assert time.monotonic() - began < 6
+            for thread in asked:
+                thread.join(10)
+            assert {name: reply.retcode for name, reply in replies.items()} == {
+                "getModel": 201,
+                "startFLJob": 300,
+            }
 
 
 class TestHttp:

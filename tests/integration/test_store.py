@@ -111,6 +111,7 @@ class Shared:
         node_id: str | None = None,
         fit: bool = True,
         served: bool = True,
+        again: bool = False,
     ) -> Coroutine[Any, Any, tuple[Acceptance, int, ClientMeta | None]]:
         """Ask as ``node_id``, else as the ledger's usual server; if ``served``, that one owns the ledger and lives."""
         node = node_id or OWNERS[ledger_id]
@@ -118,9 +119,8 @@ class Shared:
         async def ask() -> tuple[Acceptance, int, ClientMeta | None]:
             if served:
                 await self.serving(ledger_id, node)
-            return await self.state.accept_upload(
-                number, attempt, requested, fl_id, quorum=quorum, ledger_id=ledger_id, node_id=node, fit=fit
-            )
+            asking = {"quorum": quorum, "ledger_id": ledger_id, "node_id": node, "fit": fit, "again": again}
+            return await self.state.accept_upload(number, attempt, requested, fl_id, **asking)
 
         return ask()
 
@@ -264,6 +264,9 @@ class Shared:
         names = ("startedMs", "firstUploadMs", "sealedMs")
         found = self.command("HMGET", self.state.keys.status, *names)
         return {name: int(moment) for name, moment in zip(names, found, strict=True) if moment is not None}
+
+    def status_field(self, name: str) -> bytes | None:
+        return self.command("HGET", self.state.keys.status, name)  # type: ignore[no-any-return]
 
     def set_status(self, **fields: str | int) -> None:
         self.command("HSET", self.state.keys.status, *(part for item in fields.items() for part in item))
@@ -507,6 +510,9 @@ class TestReservedPlaces:
             assert shared.select(fl_id, reserve=reserve)[0] is Selection.FULL
         assert shared.advance()
 
+    def reserve(self, shared: Shared, fl_id: str, reserve: Reserve = SOON) -> bool:
+        return shared.run(shared.state.reserve_place(fl_id, places=3, reserve=reserve))  # type: ignore[no-any-return]
+
     def waiting(self, shared: Shared) -> set[str]:
         return {name.decode() for name in shared.command("ZRANGE", shared.state.keys.waiting, 0, -1)}
 
@@ -545,12 +551,39 @@ class TestReservedPlaces:
         self.refuse(open_five, "late", reserve=LATER)
         assert open_five.select("late", number=6, reserve=LATER) == (Selection.SELECTED, 1)
 
-    def test_no_more_are_reserved_than_there_are(self, open_five: Shared) -> None:
-        self.refuse(open_five, "l1", "l2", "l3", "l4")
-        assert self.waiting(open_five) == keys_of("l1", "l2", "l3")
-        assert open_five.select("l4", number=6)[0] is Selection.FULL
-        for fl_id in ("l1", "l2", "l3"):
+    def test_no_more_wait_than_four_iterations_have_places_for(self, open_five: Shared) -> None:
+        fl_ids = [f"l{i}" for i in range(12)]
+        self.refuse(open_five, *fl_ids, "too-many")
+        assert self.waiting(open_five) == keys_of(*fl_ids)
+        assert not self.reserve(open_five, "too-many")
+        assert open_five.select("too-many", number=6)[0] is Selection.FULL
+        for fl_id in fl_ids[9:]:
             assert open_five.select(fl_id, number=6)[0] is Selection.SELECTED
+        assert open_five.select("l0", number=6)[0] is Selection.RESERVED, "it is early for its place"
+
+    def test_a_refused_update_keeps_a_place_too(self, open_five: Shared) -> None:
+        for fl_id in "abc":
+            open_five.select(fl_id)
+        assert [open_five.accept(fl_id)[0] for fl_id in "abc"][2] is Acceptance.FULL
+        assert self.reserve(open_five, "c")
+        assert open_five.advance()
+        for fl_id, word in (("x", Selection.SELECTED), ("y", Selection.SELECTED), ("z", Selection.FULL)):
+            assert open_five.select(fl_id, number=6)[0] is word
+        assert open_five.select("c", number=6) == (Selection.SELECTED, 3)
+
+    def test_who_has_a_place_kept_already_keeps_it_longer(self, open_five: Shared) -> None:
+        assert self.reserve(open_five, "late", Reserve(1_000, 0, 5_000))
+        first = self.returns(open_five, "late")
+        assert self.reserve(open_five, "late", Reserve(9_000, 0, 5_000))
+        assert self.returns(open_five, "late") >= first + 8_000
+        lifetime = open_five.command("PTTL", open_five.state.keys.waiting)
+        assert lifetime == pytest.approx(14_000, abs=2_000)
+
+    def test_those_who_did_not_come_make_room(self, open_five: Shared) -> None:
+        for i in range(12):
+            assert self.reserve(open_five, f"gone{i}", Reserve(0, 0, 0))
+        assert self.reserve(open_five, "late")
+        assert self.waiting(open_five) == keys_of("late")
 
     def test_a_second_refusal_is_told_apart_and_keeps_the_place_longer(self, open_five: Shared) -> None:
         assert [open_five.select(fl_id)[0] for fl_id in "abc"] == [Selection.SELECTED] * 3
@@ -605,6 +638,23 @@ class TestAccept:
         ready.run(ready.state.nodes_are_back(run_id, ["node-3"]))
         assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
         assert 0 < int(ready.command("TTL", ready.state.keys.awaited(run_id))) <= 3600
+
+    def test_a_sealed_iteration_takes_back_what_redis_forgot(self, ready: Shared) -> None:
+        """Asked again by the server whose answer was lost: its client may know by another one that it counts."""
+        ready.accept("a")
+        assert ready.seal()
+        assert ready.accept("b") == (Acceptance.FULL, 1, None)
+        assert ready.accept("b", quorum=1, again=True) == (Acceptance.FULL, 1, None), "nothing is missing"
+        assert ready.accept("b", again=True) == (Acceptance.ACCEPTED, 2, META)
+        assert ready.accept("c", quorum=9) == (Acceptance.FULL, 2, None)
+
+    def test_so_does_one_that_is_being_summed_until_its_model_is_made(self, ready: Shared) -> None:
+        ready.accept("a")
+        token = ready.claimed()
+        assert ready.accept("b", again=True) == (Acceptance.ACCEPTED, 2, META)
+        assert not ready.record(token, updates=1), "of the sum that was under way"
+        assert ready.record(token, updates=2)
+        assert ready.accept("c", quorum=9, again=True) == (Acceptance.FULL, 2, None)
 
     def test_nobody_may_be_back(self, ready: Shared) -> None:
         """So it is where a ledger is adopted whose owner Redis does not know any more."""
@@ -1170,6 +1220,14 @@ class TestReopen:
         assert ready.select("c", places=4)[0] is Selection.UPLOADED
         assert ready.select("d", places=4)[0] is Selection.KNOWN
 
+    def test_an_iteration_that_lost_some_is_to_fill_up_anew(self, ready: Shared) -> None:
+        filled = ready.status_field("filledMs")
+        assert filled is not None
+        assert ready.reopen("L3") == 0
+        assert ready.status_field("filledMs") == filled
+        assert ready.reopen("L1", attempt=2) == 2
+        assert ready.status_field("filledMs") is None
+
     def test_several_ledgers_at_once(self, ready: Shared) -> None:
         assert ready.reopen("L1", "L2", "L3") == 3
         assert ready.clients().keys() == keys_of("d")
@@ -1306,6 +1364,35 @@ class TestAdvance:
         for key in (open_five.state.keys.clients(5), open_five.state.keys.uploads(5)):
             assert open_five.ttl(key) == pytest.approx(keys.RELEASE_TTL_S, abs=2)
 
+    def test_what_the_iteration_took_from_its_last_place_on_is_remembered(self, open_five: Shared) -> None:
+        for fl_id in "ab":
+            open_five.select(fl_id, places=2)
+        open_five.set_status(filledMs=self.filled(open_five) - 7_000)
+        assert open_five.read().typical is None
+        assert open_five.advance()
+        assert open_five.read().typical == pytest.approx(7.0, abs=2.0)
+        assert open_five.status_field("filledMs") is None
+
+    @pytest.mark.parametrize(("success", "places"), [(True, 3), (False, 2)])
+    def test_one_that_did_not_fill_up_or_failed_changes_nothing_of_that(
+        self, open_five: Shared, success: bool, places: int
+    ) -> None:
+        open_five.set_status(typicalMs=1_500)
+        for fl_id in "ab":
+            open_five.select(fl_id, places=places)
+        assert open_five.advance(success=success)
+        assert open_five.read().typical == 1.5
+
+    def test_a_clock_that_was_set_back_says_nothing(self, open_five: Shared) -> None:
+        open_five.select("a", places=1)
+        open_five.set_status(filledMs=self.filled(open_five) + 3_600_000)
+        assert open_five.advance()
+        assert open_five.read().typical is None
+
+    def filled(self, shared: Shared) -> int:
+        """When the last place was taken."""
+        return int(shared.status_field("filledMs") or 0)
+
     def test_of_many_only_one_wins(self, open_five: Shared) -> None:
         works = [
             open_five.state.advance(
@@ -1387,7 +1474,7 @@ class TestRaise:
         iteration = Iteration(
             5, 2, Phase.CANDIDATE, token="7:node-1", digest="d1", base="b0", lost=3, interrupted=True
         )
-        remembered = known(iteration, fence=7, epoch=2, success=False, result="why: ü")
+        remembered = known(iteration, fence=7, epoch=2, success=False, result="why: ü", typical=1.5)
         assert self.bring(shared, remembered) is Raised.RAISED
         assert shared.look() == Look("i_1", remembered)
         for key in (keys.instance_name(shared.state.keys.fl_name), shared.state.keys.status):

@@ -29,7 +29,7 @@ from fedcore.store.redis import Redis
 
 _jobs = itertools.count(1)
 RESERVES = [Reserve(60_000, 120_000, 5_000), Reserve(60_000, 1_000, 5_000)]
-CLIENTS = st.sampled_from(["a", "b", "c", "d"])
+CLIENTS = st.sampled_from(["a", "b", "c", "d", "e", "f"])
 AROUND = st.sampled_from([0, 0, 0, 0, -1, 1])
 COUNTS = st.integers(1, 3)
 PHASES = st.sampled_from(Phase)
@@ -137,13 +137,13 @@ class Both:
             look.instance,
             snapshot.iteration,
             [ago is None for ago in (snapshot.started_ago, snapshot.first_upload_ago, snapshot.sealed_ago)],
-            (snapshot.fence, snapshot.epoch, snapshot.success, snapshot.result),
+            (snapshot.fence, snapshot.epoch, snapshot.success, snapshot.result, snapshot.typical is None),
         )
         return real, (
             name,
             seen.iteration,
             [moment is None for moment in (seen.started, seen.first_upload, seen.sealed)],
-            (seen.fence, seen.epoch, seen.success, seen.result),
+            (seen.fence, seen.epoch, seen.success, seen.result, seen.typical is None),
         )
 
     @property
@@ -163,22 +163,24 @@ class Both:
         )
         return real, "missing" if word == "missing" else (word, count)
 
+    def reserve(self, data: st.DataObject) -> tuple[Any, Any]:
+        fl_id, places, reserve = data.draw(CLIENTS), data.draw(COUNTS), data.draw(st.sampled_from(RESERVES))
+        real = self.run(self.real.reserve_place(fl_id, places=places, reserve=reserve))
+        return real, self.simulated.reserve_place(fl_id, places, reserve.returns_ms, reserve.after_ms)
+
     def accept(self, data: st.DataObject) -> tuple[Any, Any]:
         number, attempt = self.draw_place(data)
         requested = number + data.draw(AROUND)
         fl_id, quorum, ledger = data.draw(CLIENTS), data.draw(COUNTS), data.draw(LEDGERS)
         usual = self.simulated.owners.get(ledger) or FIRST_OWNERS[ledger]
         node = data.draw(st.sampled_from([usual, usual, usual, "n1", "n2"]))
-        fit = data.draw(st.sampled_from([True, True, False]))
-        real = self.run(
-            self.real.accept_upload(
-                number, attempt, requested, fl_id, quorum=quorum, ledger_id=ledger, node_id=node, fit=fit
-            )
-        )
+        fit, again = data.draw(st.sampled_from([True, True, False])), data.draw(st.booleans())
+        given = {"quorum": quorum, "ledger_id": ledger, "node_id": node, "fit": fit, "again": again}
+        real = self.run(self.real.accept_upload(number, attempt, requested, fl_id, **given))
         if self.elsewhere:
             return real, "missing"
         word, count, text = self.simulated.accept_upload(
-            number, attempt, requested, fl_id, quorum, ledger, node, fit
+            number, attempt, requested, fl_id, quorum, ledger, node, fit, again
         )
         if word in ("missing", "revoked", "lapsed"):
             return real, word
@@ -264,8 +266,9 @@ class Both:
         )
         moments = [data.draw(st.sampled_from([None, 0.0])) for _ in range(3)]  # now, by both clocks
         rest = (data.draw(st.integers(0, 12)), data.draw(st.integers(0, 2)), data.draw(st.booleans()), "z")
-        real = self.run(self.real.raise_to(Snapshot(iteration, *moments, *rest)))
-        seen = simulated.Seen(iteration, *moments, *rest)
+        typical = data.draw(st.sampled_from([None, 2.0]))
+        real = self.run(self.real.raise_to(Snapshot(iteration, *moments, *rest, typical=typical)))
+        seen = simulated.Seen(iteration, *moments, *rest, typical)
         return real, self.store.raise_status(self.real.keys.instance, seen)
 
     def restore(self, data: st.DataObject) -> tuple[Any, Any]:
@@ -388,6 +391,7 @@ OPERATIONS = [
     Both.select,
     Both.select,
     Both.select,
+    Both.reserve,
     Both.accept,
     Both.accept,
     Both.accept,

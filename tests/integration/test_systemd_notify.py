@@ -119,6 +119,37 @@ def change(cluster: Cluster, **sections: object) -> None:
     cluster.yaml.write_text(yaml.safe_dump(cluster.settings))
 
 
+TRAINER = """
+import time
+import numpy as np
+
+class Trainer:
+    def __init__(self, options, device):
+        self.arrays = {"a.weight": np.zeros((2, 3), np.float32), "b.bias": np.zeros(2, np.float32)}
+
+    def weights(self):
+        return self.arrays
+
+    def load(self, weights):
+        self.arrays = {name: np.array(values) for name, values in weights.items()}
+
+    def train(self, steps):
+        time.sleep(0.01)
+        return 0.5, 0.5
+"""
+
+
+def start_worker(cluster: Cluster, env: Mapping[str, str]) -> None:
+    """Let the job be a hybrid one, start a worker and wait until it listens."""
+    change(cluster, server_mode="HYBRID_TRAINING")
+    (cluster.directory / "mine.py").write_text(TRAINER)
+    [port] = free_ports(1)
+    options = ("--trainer", "mine:Trainer", "--admin-address", f"127.0.0.1:{port}")
+    command = (*cluster.command("workerd"), "--yaml-config", str(cluster.yaml), *options)
+    cluster.spawn("worker", *command, env=env)
+    cluster.wait_listening(port, "worker")
+
+
 class TestLife:
     def test_ready_comes_first_also_without_redis_and_the_end_is_announced(
         self, cluster: Cluster, systemd: Systemd
@@ -154,6 +185,46 @@ class TestLife:
             again = "EXTEND_TIMEOUT_USEC=15000000"
             wait_until(lambda: len(systemd.heard(again)) >= 2, "more time is asked for, and again")
         assert cluster.processes.pop("server").wait(20) == 0
+
+    @pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT])
+    def test_being_told_twice_changes_nothing(
+        self, cluster: Cluster, systemd: Systemd, again: signal.Signals
+    ) -> None:
+        """What was under way at the first signal is finished all the same."""
+        cluster.start_redis()
+        start(cluster, "serverd", systemd.environment())
+        wait_until(cluster.ready, "the server is ready")
+        server = cluster.processes["server"]
+        with socket.create_connection(("127.0.0.1", cluster.http), timeout=20) as device:
+            device.sendall(b"POST /getModel HTTP/1.1\r\nContent-Length: 4\r\n\r\nha")
+            wait_until(lambda: cluster.metric("fl_device_connections") == 1, "the device is connected")
+            server.send_signal(signal.SIGTERM)
+            systemd.wait_status("stopping: waiting for requests in flight")
+            server.send_signal(again)
+            device.sendall(b"lf")
+            assert device.makefile("rb").readline() == b"HTTP/1.1 200 OK\r\n"
+        assert cluster.processes.pop("server").wait(20) == 0
+        assert "Traceback" not in cluster.log() and '"critical"' not in cluster.log()
+
+    @pytest.mark.parametrize("daemon", ["server", "scheduler", "worker"])
+    def test_being_told_again_and_again_until_it_has_ended(
+        self, cluster: Cluster, systemd: Systemd, daemon: str
+    ) -> None:
+        if daemon == "worker":
+            start_worker(cluster, systemd.environment())
+        else:
+            start(cluster, daemon + "d", systemd.environment())
+        systemd.wait("READY=1")
+        process = cluster.processes.pop(daemon)
+
+        def ended() -> bool:
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
+            return process.poll() is not None
+
+        wait_until(ended, "the end")
+        assert process.returncode == 0
+        assert "Traceback" not in cluster.log(daemon)
 
     def test_it_does_not_ask_for_ever(self, cluster: Cluster, systemd: Systemd) -> None:
         (cluster.directory / "embedded.py").write_text(
@@ -488,35 +559,9 @@ class TestCredentials:
         cluster.start_server(env={"CREDENTIALS_DIRECTORY": str(folder)})
 
 
-TRAINER = """
-import time
-import numpy as np
-
-class Trainer:
-    def __init__(self, options, device):
-        self.arrays = {"a.weight": np.zeros((2, 3), np.float32), "b.bias": np.zeros(2, np.float32)}
-
-    def weights(self):
-        return self.arrays
-
-    def load(self, weights):
-        self.arrays = {name: np.array(values) for name, values in weights.items()}
-
-    def train(self, steps):
-        time.sleep(0.01)
-        return 0.5, 0.5
-"""
-
-
 class TestWorker:
     def test_tells_its_step_and_beats_while_it_waits(self, cluster: Cluster, systemd: Systemd) -> None:
-        change(cluster, server_mode="HYBRID_TRAINING")
-        (cluster.directory / "mine.py").write_text(TRAINER)
-        [port] = free_ports(1)
-        options = ("--trainer", "mine:Trainer", "--admin-address", f"127.0.0.1:{port}")
-        command = (*cluster.command("workerd"), "--yaml-config", str(cluster.yaml), *options)
-        cluster.spawn("worker", *command, env=systemd.environment(WATCHDOG_S))
-        cluster.wait_listening(port, "worker")
+        start_worker(cluster, systemd.environment(WATCHDOG_S))
         systemd.wait("READY=1")
         systemd.wait_status(
             "not ready: redis: no connection to Redis; membership: not on the list of workers yet"

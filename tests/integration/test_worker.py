@@ -216,7 +216,9 @@ def works(directory: Path, hosts: Mapping[int, int], **settings: Any) -> Iterato
 
 
 @HOSTS
-def test_a_worker_trains_each_iteration_and_ends_with_the_job(tmp_path: Path, hosts: dict[int, int]) -> None:
+def test_a_worker_trains_each_iteration_until_the_job_is_finished(
+    tmp_path: Path, hosts: dict[int, int]
+) -> None:
     with works(tmp_path, hosts, fl_iteration_num=3) as job:
         job.start()
         for iteration in (1, 2, 3):
@@ -224,12 +226,24 @@ def test_a_worker_trains_each_iteration_and_ends_with_the_job(tmp_path: Path, ho
             job.wait_for(iteration + 1)
             assert job.status()["lastIterationResult"] == SUCCESS
             job.check(iteration)
-        assert wait_until(lambda: job.ended() is not None, "the worker ends")
-        assert job.ended() == 0
+        wait_until(lambda: job.metric('fl_worker_step{step="finished"}') == 1, "the worker sees it")
+        wait_until(job.ready, "it stays, so that its unit is as it should be")
         assert job.trainings() == 3
         log = job.cluster.log("worker-0")
-        assert "the job is finished" in log
-        assert "Traceback" not in log
+        assert log.count("the job is finished") == 1
+        assert job.kill(number=signal.SIGTERM) == 0
+        assert "Traceback" not in job.cluster.log("worker-0")
+
+
+def test_a_worker_goes_on_with_a_new_instance_of_a_finished_job(tmp_path: Path) -> None:
+    with works(tmp_path, ONE, fl_iteration_num=1) as job:
+        job.start()
+        job.devices()
+        wait_until(lambda: job.metric('fl_worker_step{step="finished"}') == 1, "the worker sees it")
+        job.cluster.start_scheduler()
+        assert job.cluster.operate("newInstance", {})[0] == 200
+        wait_until(lambda: job.metric('fl_worker_step{step="pulling"}') == 1, "it is at work again")
+        assert job.ended() is None
 
 
 @APART

@@ -242,7 +242,7 @@ class Running:
     """A worker under way.
 
     Attributes:
-        ends: what it was ended with.
+        ends: why it cannot go on; None when the job is finished.
     """
 
     def __init__(
@@ -262,7 +262,7 @@ class Running:
                 redis,
                 self.metrics,
                 loop.reactor,
-                self.statuses.append,
+                self._told,
             )
             worker.on_end = self.ends.append
             for service in worker.services[1:]:  # Redis is shared
@@ -271,6 +271,11 @@ class Running:
 
         self.worker: Worker = loop.call(start)
         self.stopped = False
+
+    def _told(self, status: str) -> None:
+        if status == "the job is finished" and status not in self.statuses[-1:]:
+            self.ends.append(None)
+        self.statuses.append(status)
 
     def stop(self) -> None:
         if not self.stopped:
@@ -548,12 +553,13 @@ def test_a_disabled_job_is_waited_for(rig: Rig) -> None:
     assert list(job.metrics) == [1]
 
 
-def test_a_finished_job_ends_the_worker_even_if_its_servers_have_gone(rig: Rig) -> None:
+def test_a_finished_job_leaves_nothing_to_do_even_if_its_servers_have_gone(rig: Rig) -> None:
     job = rig.job()
     job.run_state(RunningState.FINISH)
     worker = rig.worker()
     wait_until(lambda: worker.ends, "the end")
     assert worker.ends == [None]
+    wait_until(lambda: not worker.reasons(), "it is ready all the same")
 
 
 def test_a_job_of_another_model_ends_the_worker_with_the_reason(rig: Rig) -> None:

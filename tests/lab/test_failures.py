@@ -145,7 +145,6 @@ def status_of(host: Host, unit: str) -> str:
 # ---- too little room
 
 
-@pytest.mark.full
 def test_full_mount_for_ledgers(cluster: Cluster, devices: Devices, watch: Watch) -> None:
     filling, server = "/var/lib/fl/ledgers/filling", "fl-serverd@1.service"
     with watch("the ledgers' mount full while another server of the host starts, then room again") as seen:

@@ -181,22 +181,27 @@ def test_a_clock_steps_back(cluster: Cluster, devices: Devices, watch: Watch, ho
 
 
 def test_full_disk_for_checkpoints(cluster: Cluster, devices: Devices, watch: Watch) -> None:
+    """While two servers hold each model, disks may be full; one alone waits until it can write."""
     with watch(
-        "the disk for checkpoints full on one server host, then on both for 15 s, then room again"
+        "the disks for checkpoints full on both server hosts, one server alone for 15 s of it"
     ) as seen:
-        fill_checkpoints(cluster, "server1")
-        devices.wait_for_iterations(3, 60)
-        fill_checkpoints(cluster, "server2")
+        for host in SERVER_HOSTS:
+            fill_checkpoints(cluster, host)
+            devices.wait_for_iterations(3, 60)
+        cluster["server2"].run("systemctl", "stop", "fl-serverd@0")
         wait_until(
-            lambda: any("the new model cannot be written" in cluster.reasons(host) for host in SERVER_HOSTS),
+            lambda: "the new model cannot be written" in cluster.reasons("server1"),
             60,
             "/readyz tells of the full disk",
         )
         time.sleep(15)
         for host in SERVER_HOSTS:
             cluster[host].run("rm", f"{CHECKPOINTS}/filling")
+        cluster["server2"].run("systemctl", "start", "fl-serverd@0")
         go_on(cluster, devices)
     seen.must_be_harmless(devices_may_end=True)
+    said = [cluster[host].journal("-u", "fl-serverd@0", "-b") for host in SERVER_HOSTS]
+    assert any("has no checkpoint, 1 other servers hold it" in text for text in said)
     for host in SERVER_HOSTS:
         cluster[host].run("umount", CHECKPOINTS)
 

@@ -45,6 +45,8 @@ class Status:
     updates: int = 0
     aggregate: str = ""
     metrics: tuple[float, float] | None = None
+    filled: float | None = None
+    typical: float | None = None
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -56,7 +58,7 @@ class Status:
         self.number, self.success, self.result = self.number + 1, success, result
         self.attempt, self.phase = 1, Phase.COLLECTING
         self.token = self.digest = ""
-        self.started = self.first_upload = self.sealed = None
+        self.started = self.first_upload = self.sealed = self.filled = None
         self.lost, self.updates, self.aggregate, self.metrics = 0, 0, "", None
 
 
@@ -85,6 +87,7 @@ class Seen:
     epoch: int
     success: bool
     result: str
+    typical: float | None = None
 
 
 class SharedState:
@@ -122,6 +125,7 @@ class SharedState:
         self.given_up: set[str] = set()
         self.leases: dict[str, float] = {}
         self.completed: dict[int, float] = {}
+        self.awaited: dict[int, dict[str, float]] = {}  # run of Redis -> who is awaited, since when
 
     def copy(self) -> SharedState:
         """Return the same state, apart."""
@@ -132,6 +136,7 @@ class SharedState:
         for name in ("waiting", "owners", "leases", "completed"):
             setattr(other, name, dict(getattr(self, name)))
         other.given_up = set(self.given_up)
+        other.awaited = {run: dict(nodes) for run, nodes in self.awaited.items()}
         return other
 
     # ---- the whole
@@ -172,7 +177,8 @@ class SharedState:
             s.lost,
             s.disabled,
         )
-        return Seen(iteration, s.started, s.first_upload, s.sealed, s.fence, s.epoch, s.success, s.result)
+        times = (s.started, s.first_upload, s.sealed)
+        return Seen(iteration, *times, s.fence, s.epoch, s.success, s.result, s.typical)
 
     # ---- devices
 
@@ -194,7 +200,7 @@ class SharedState:
         mine = client in self.waiting
         expected = sum(due <= now + reserve.before for due in self.waiting.values())
         if len(clients) >= places or (not mine and len(clients) + expected >= places):
-            if mine or len(self.waiting) < places:
+            if mine or len(self.waiting) < 4 * places:
                 self.waiting[client] = now + reserve.returns
             return ("reserved" if mine else "full"), len(clients)
         if not fit:
@@ -203,7 +209,17 @@ class SharedState:
             status.started = now
         clients[client] = meta
         self.waiting.pop(client, None)
+        if len(clients) >= places:
+            status.filled = now
         return "selected", len(clients)
+
+    def reserve_place(self, fl_id: str, places: int, returns: float, after: float) -> bool:
+        now, client = self.clock(), key_of(fl_id)
+        self.waiting = {name: due for name, due in self.waiting.items() if due > now - after}
+        if client not in self.waiting and len(self.waiting) >= 4 * places:
+            return False
+        self.waiting[client] = now + returns
+        return True
 
     def accept_upload(
         self,
@@ -215,6 +231,9 @@ class SharedState:
         ledger_id: str,
         node_id: str,
         fit: bool,
+        again: bool = False,
+        run: int = 0,
+        hold_off: float = 0.0,
     ) -> tuple[str, int, str]:
         client = key_of(fl_id)
         holder = self.uploads.get(requested, {}).get(client)
@@ -234,7 +253,10 @@ class SharedState:
             return "accepted", len(uploads), clients[client]
         if status.attempt != attempt or status.running is not RUNNING:
             return "closed", status.number, ""
-        if len(uploads) >= quorum or status.phase is not Phase.COLLECTING:
+        if any(self.clock() - since < hold_off for since in self.awaited.get(run, {}).values()):
+            return "awaited", 0, ""
+        forgotten = again and status.phase in (Phase.SEALED, Phase.REDUCING)
+        if len(uploads) >= quorum or not (status.phase is Phase.COLLECTING or forgotten):
             return "full", len(uploads), ""
         if client not in clients:
             return "unknown", len(uploads), ""
@@ -248,6 +270,15 @@ class SharedState:
         if len(uploads) == quorum:
             self.completed[number] = self.clock()
         return "accepted", len(uploads), clients[client]
+
+    def await_nodes(self, run: int, nodes: Iterable[str]) -> None:
+        known = self.awaited.setdefault(run, {})
+        for node in nodes:
+            known.setdefault(node, self.clock())
+
+    def nodes_are_back(self, run: int, nodes: Iterable[str]) -> None:
+        """HSET of those that are awaited no more."""
+        self.awaited.setdefault(run, {}).update(dict.fromkeys(nodes, float("-inf")))
 
     # ---- members and ledgers
 
@@ -426,6 +457,8 @@ class SharedState:
             stood = self.clock() - status.sealed
             status.started = None if status.started is None else status.started + stood
             status.first_upload = None if status.first_upload is None else status.first_upload + stood
+        if lost:
+            status.filled = None
         status.lost += len(lost)
         status.attempt, status.phase = attempt + 1, Phase.COLLECTING
         status.token = status.digest = status.aggregate = ""
@@ -447,6 +480,8 @@ class SharedState:
         status = self._stands(number, attempt, phase, token)
         if status is None:
             return False
+        if success and status.filled is not None:
+            status.typical = self.clock() - status.filled
         status.next(success, result)
         if finishes:
             status.running = RunningState.FINISH
@@ -542,6 +577,7 @@ class SharedState:
             now.uploaded if now.phase in MADE else 0,
             now.aggregate,
             now.metrics,
+            typical=(None if there is None else there.typical) if known.typical is None else known.typical,
         )
         return "raised"
 
@@ -609,8 +645,10 @@ class Store:
         if self.name != current or current == name or self.at(name).status is not None:
             return False
         before = self.at(current).status
-        epoch, base = (0, "") if before is None else (before.epoch, before.base)
-        self.at(name).status = Status(1, epoch=epoch + 1, base=base)
+        epoch, base, typical = (
+            (0, "", None) if before is None else (before.epoch, before.base, before.typical)
+        )
+        self.at(name).status = Status(1, epoch=epoch + 1, base=base, typical=typical)
         self.name = name
         self.told("instance")
         return True

@@ -248,6 +248,8 @@ class RecordedStore(Store):
             fields |= dict(zip(("loss", "accuracy"), now.metrics, strict=True))
         for field, moment in zip(_TIMES, (seen.started, seen.first_upload, seen.sealed), strict=True):
             fields |= {} if moment is None else {field: int(moment)}
+        if seen.typical is not None:
+            fields["typicalMs"] = int(seen.typical)
         flat = [part for item in fields.items() for part in (item[0].encode(), str(item[1]).encode())]
         return [name.encode(), int(self.clock()), now.selected, now.uploaded, *flat]
 
@@ -275,7 +277,8 @@ class RecordedStore(Store):
         )
         times = (moment(started), moment(first), moment(sealed))
         success, result = fields["lastIterationSuccess"] == 1, str(fields["lastIterationResult"])
-        return Seen(iteration, *times, int(fence), int(epoch), success, result)
+        typical = int(fields["typicalMs"]) if "typicalMs" in fields else None
+        return Seen(iteration, *times, int(fence), int(epoch), success, result, typical)
 
     def _create_status(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
         _, number, success, result, running, base, *epoch = words
@@ -286,13 +289,17 @@ class RecordedStore(Store):
         word, taken = state.select_client(number, self._id(client), meta, places, fit == 1, Reserve(*reserve))
         return [word.encode(), taken]
 
+    def _reserve_place(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
+        client, places, returns, after = words
+        return int(state.reserve_place(self._id(client), places, returns, after))
+
     def _accept_upload(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
-        number, attempt, requested, client, quorum, ledger_id, fit, _, node_id, _, ms = words
+        number, attempt, requested, client, quorum, ledger_id, fit, _, node_id, _, ms, again = words
         new = self._id(client) and client not in state.uploads.get(requested, {})
         if new and any(self.clock() - since < ms for since in self.awaited.get(keys[7], {}).values()):
             return [b"awaited", 0, b""]
         word, counted, text = state.accept_upload(
-            number, attempt, requested, self._id(client), quorum, ledger_id, node_id, fit == 1
+            number, attempt, requested, self._id(client), quorum, ledger_id, node_id, fit == 1, again == 1
         )
         return [word.encode(), counted, text.encode()]
 

@@ -22,6 +22,7 @@ from model.kernel import Answered, Lost, PeerGone, Promise, Refused, Replaced, p
 from fedcore.core import iteration as core
 from fedcore.core.iteration import Iteration, Phase
 from fedcore.core.job import RunningState
+from fedcore.services.recovery import ANYBODY
 from fedcore.store.keys import REVOKED
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ class Moved(Exception):
 
 class Revoked(Moved):
     """LedgerRevoked: the ledger is another server's, or nobody's."""
+
+
+class Awaited(Moved):
+    """OthersAwaited: other servers are to bring back first what Redis has lost."""
 
 
 class Missing(Moved):
@@ -400,7 +405,7 @@ class Server:
                 return False
         return False
 
-    async def settled_at(self, missing: bool, seen: tuple[int, int], until: float) -> bool:
+    async def settled_at(self, error: Exception, seen: tuple[int, int], until: float) -> bool:
         """client_api._settled"""
         if self.world.now >= until:
             return False
@@ -408,7 +413,11 @@ class Server:
             await self.look()
         except (Lost, Moved):
             return await self.wait_until(lambda: self.joined, until)
-        if missing or self.where != seen:
+        if isinstance(error, Missing) or self.where != seen:
+            return True
+        if isinstance(error, Awaited | Revoked):
+            until = min(until, self.world.now + RETRY_S)
+            await self.wait_until(lambda: self.serving and self.where != seen, until)
             return True
         return await self.wait_until(lambda: self.serving and self.where != seen, until)
 
@@ -426,7 +435,7 @@ class Server:
                 if word in ("missing", "closed"):
                     raise Missing if word == "missing" else Moved
             except (Lost, Moved) as error:
-                if await self.settled_at(isinstance(error, Missing), seen, until):
+                if await self.settled_at(error, seen, until):
                     continue
                 return None
             if word == "selected" and cluster is self.cluster:
@@ -452,7 +461,7 @@ class Server:
                 word, count, holder = await self.accept(slot, cluster.instance, number, attempt)
             except (Lost, Moved) as error:
                 word = ""
-                if await self.settled_at(isinstance(error, Missing), (number, attempt), until):
+                if await self.settled_at(error, (number, attempt), until):
                     continue
                 break
             if word == "accepted" and cluster is self.cluster:
@@ -509,6 +518,7 @@ class Server:
         self, ledger: LedgerFile, update: Update, instance: str, number: int, attempt: int
     ) -> tuple[str, int, str]:
         limit, epoch = self.world.now + ROOM_TIMEOUT_S, self.intake_epoch
+        late, again = self.sealing, False
         while True:
             try:
                 word, count, holder = await self.ask(
@@ -522,14 +532,20 @@ class Server:
                     ledger.id,
                     self.name,
                     True,
+                    again,
+                    self.run_of_conn,
+                    HOLD_OFF_S,
                 )
             except Lost:
-                word = "lapsed"
+                word, again = "lapsed", not late
             if word == "revoked":
                 if self.sealing or self.own is not ledger or self.world.now >= limit:
                     raise Revoked
             elif word in ("missing", "closed"):
                 raise Missing if word == "missing" else Moved
+            elif word == "awaited":
+                if not again:
+                    raise Awaited
             elif word != "lapsed":
                 return word, count, holder
             await pause(RETRY_S)
@@ -551,8 +567,8 @@ class Server:
         self.elsewhere.clear()
         self.ledgers_epoch, self.begun_in = epoch, self.own
         if self.own is not None:
-            if self.own.epoch == epoch and self.own.updates:
-                self.world.wiped(self, self.own, self.joinings > self.joined_with)
+            if self.own.updates:
+                self.world.wiped(self, self.own, epoch, self.joinings > self.joined_with)
             self.own.begin(epoch)
         self.joined_with = self.joinings
         self.settle()
@@ -998,11 +1014,20 @@ class Server:
         self.baseless_since = None  # who is not back yet may have it
         self.short = None
         self.forget_missed()
-        known, number, instance = self.known(), self.iteration.number, cluster.instance
+        instance, run = cluster.instance, self.run_of_conn
 
         async def ask(*words: Any) -> Any:
             return await self.ask(*words, preparing=preparing)
 
+        if others := set(self.in_doubt()) - {ANYBODY}:
+            await ask("await_nodes", instance, run, sorted(others))
+        raised = await self.bring_back_all(ask, cluster, preparing)
+        await ask("nodes_are_back", instance, run, (self.name, *self.inherited))
+        return raised
+
+    async def bring_back_all(self, ask: Any, cluster: Membership, preparing: bool) -> str:
+        """recovery.bring_back"""
+        known, number, instance = self.known(), self.iteration.number, cluster.instance
         raised: str = await ask("raise_status", instance, known)
         if raised == "newer":
             return raised
@@ -1153,6 +1178,7 @@ class Server:
         self.effects.clear()
         self.events.clear()
         self.fence = self.epoch_number = 0
+        self.missed[ANYBODY] = 0.0
         before, self.iteration = self.iteration, self.localise(seen)
         self.ended = (seen.success, seen.result)
         self.joinings, self.joined_at = self.joinings + 1, self.world.now
@@ -1288,8 +1314,11 @@ class Server:
         for peer in self.unlisted:
             self.missed[peer] += self.unlisted_for
         self.missed = {peer: missed for peer, missed in self.missed.items() if missed < DOUBT_S}
+        emptied = now - self.lost_at < HOLD_OFF_S
+        if now - self.saw_at > LOOK_S and not emptied:
+            self.missed[ANYBODY] = 0.0
         self.unlisted = self.missed.keys() - set(others)
-        self.unlisted_for = 0.0 if now - self.lost_at < HOLD_OFF_S else min(now - self.saw_at, LOOK_S)
+        self.unlisted_for = 0.0 if emptied else min(now - self.saw_at, LOOK_S)
         self.missed.update(dict.fromkeys(others, 0.0))
         self.saw_at = now
 
@@ -1313,6 +1342,8 @@ class Server:
         return sorted({*self.others, *recent} - {self.name})
 
     async def reduce_now(self) -> core.Event | None:
+        if not self.iteration.changing:
+            return None  # another instance was joined while this was on its way
         instance, now = self.joined_instance(), self.iteration
         outcome = await self.reduce(instance, now, self.epoch(), self.models.newest_digest)
         if not isinstance(outcome, Reduced):
@@ -1374,7 +1405,7 @@ class Server:
         offers = [
             self.world.spawn(self, self.offers_of(peer, instance, now.number, now.attempt)) for peer in asked
         ]
-        silent = set()
+        silent = {ANYBODY}
         for peer, promise in zip(asked, offers, strict=True):
             answer = await wait(promise)
             if answer is None:

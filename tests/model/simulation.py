@@ -22,7 +22,7 @@ from typing import Any
 
 from model.cluster import SharedState, Status, Store
 from model.kernel import Agenda, Answered, Lost, PeerGone, Promise, Refused, Replaced, pause, wait
-from model.simulated_server import DOUBT_S, LOSS_S, Bug, LedgerFile, Moved, Server, Update
+from model.simulated_server import DOUBT_S, LOSS_S, Bug, Epoch, LedgerFile, Moved, Server, Update
 
 from fedcore.core.client_key import client_key
 from fedcore.core.iteration import Phase, Policy, WrongPhase, status_lost
@@ -161,9 +161,9 @@ class Simulation(Agenda):
         self.acked: dict[tuple[str, int], dict[str, tuple[Update, str]]] = {}
         self.revoked: set[str] = set()
         self.burnt: set[str] = set()  # ledgers that were lost with a host
-        self.left: set[str] = (
+        self.left: set[tuple[str, str, int]] = (
             set()
-        )  # ledgers that were begun anew when their servers came back to an instance
+        )  # ledger, instance and iteration that its server went away from
         self.forgotten: dict[tuple[tuple[str, int], str], tuple[str, float]] = {}  # update -> ledger, when
         self.excuses: Counter[str] = Counter()
         self.restored: dict[tuple[tuple[str, int], str], float] = {}  # update -> when Redis heard of it again
@@ -238,10 +238,8 @@ class Simulation(Agenda):
         ]
         ended = status is None or status.number != number or server.iteration.number > number
         if self.forgot and server.follows:
-            self.left.add(
-                file.id
-            )  # Redis forgot the other instance, and who had taken the ledger over in this one
-            return
+            self.left.add((file.id, file.epoch.instance, number))
+            return  # Redis forgot the other instance, and who had taken the ledger over in this one
         if why == "dropped" and self.flushed and not server.former.get(file.id):
             return  # adopted when Redis had forgotten its owner, then Redis stepped back to where it knows it
         if file.id in self.burnt:
@@ -259,8 +257,10 @@ class Simulation(Agenda):
         server.pending[promise] = None
         if not server.cut:
             server.sent = max(server.sent, self.now + self.delay())
-            conn = server.conn
-            self.later(None, server.sent - self.now, self.execute, server, conn, operation, words, promise)
+            conn, run = server.conn, server.run_of_conn
+            self.later(
+                None, server.sent - self.now, self.execute, server, conn, run, operation, words, promise
+            )
             if self.break_rate and self.chance() < self.break_rate:
                 self.later(
                     None, self.chance() * 2 * (server.sent - self.now), self.break_connection, server, conn
@@ -268,12 +268,12 @@ class Simulation(Agenda):
         return promise
 
     def execute(
-        self, server: Server, conn: int, operation: str, words: tuple[Any, ...], promise: Promise
+        self, server: Server, conn: int, run: int, operation: str, words: tuple[Any, ...], promise: Promise
     ) -> None:
         broken = server.cut or server.conn != conn or not server.alive
         if not self.store_up or (broken and self.chance() < 0.5):
             return
-        if server.run_of_conn != self.store.run:
+        if run != self.store.run:
             return  # it was sent to a Redis that is no more
         result = self.apply(server, operation, words)
         if not broken:
@@ -451,7 +451,7 @@ class Simulation(Agenda):
         """
         if ledger_id in self.revoked:
             return "given up"
-        if ledger_id in self.left:
+        if self.forgot and (ledger_id, *key) in self.left:
             return "its server went to another instance and back"
         if self.forgot and self.accepted.get((key, client), 0.0) > self.ended_at[key]:
             return "counted after the iteration had ended, which Redis and all in reach had forgotten"
@@ -489,6 +489,8 @@ class Simulation(Agenda):
         if base is None or any(update.client == other.client for other in self.contents[base].updates):
             return
         why = self.excuse(key, client, ledger_id, base)
+        if update.base != self.contents[base].base and self.split(*key):
+            why = why or "trained from another model than the one that the iteration went on from"
         if not why:
             raise Violation(
                 f"{update} was acknowledged ({ledger_id}) and is not in the model {base}, {self.made[base]}, "
@@ -540,15 +542,23 @@ class Simulation(Agenda):
             self.bases[server.instance, number] = digest
             self.two_bases.add((server.instance, number))
 
-    def wiped(self, server: Server, file: LedgerFile, came_back: bool) -> None:
-        """A server begins an epoch anew in which its ledger has updates.
+    def wiped(self, server: Server, file: LedgerFile, epoch: Epoch, came_back: bool) -> None:
+        """A server begins an epoch with a ledger that has updates.
 
-        One that left an instance and joined it again does so: Redis went back from one instance to the one before.
+        One that left an instance for another does so, and one that joined it again: Redis went back from one instance
+        to the one before.
         """
+        assert file.epoch is not None
+        if file.epoch.instance == epoch.instance and file.epoch != epoch:
+            return  # its iteration is over, or has begun again with another model
+        left = (file.id, file.epoch.instance, file.epoch.iteration)
+        if file.epoch != epoch:
+            self.left.add(left)
+            return
         status = self.store.at(server.instance).status
         held = self.store.at(server.instance).uploads_of(status.number) if status is not None else {}
         if came_back and self.forgot:
-            self.left.add(file.id)
+            self.left.add(left)
         elif any(holder == file.id for holder in held.values()):
             raise Violation(f"{server.name} forgets counted updates of {file.epoch}")
 
@@ -579,7 +589,8 @@ class Simulation(Agenda):
 
     def fell_short(self, server: Server, ledgers: tuple[str, ...]) -> None:
         """A finaliser has read ledgers whose holders have fewer updates than are counted in them."""
-        if not set(ledgers) <= self.left:
+        place = (server.instance, server.iteration.number)
+        if not all((ledger_id, *place) in self.left for ledger_id in ledgers):
             raise Violation(f"{server.name} finds fewer updates than were counted in {ledgers}")
 
     def failed_reduction(self, server: Server, why: str) -> None:

@@ -78,6 +78,10 @@ class Acceptance(StrEnum):
     UNFIT = "unfit"  # everything shared allows it, but its weights may not count
 
 
+# Whose sender needs a place when it comes again; OTHER_ITERATION means that it has one in the current iteration.
+NEEDS_PLACE = (Acceptance.FULL, Acceptance.UNKNOWN_CLIENT)
+
+
 class Standing(StrEnum):
     """What became of the signature under a request other than startFLJob."""
 

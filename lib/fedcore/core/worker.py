@@ -13,7 +13,8 @@ Rules kept here:
 * Metrics follow only an own push, or one that may be ours since an answer was lost; or the push of another worker that
   has not sent its own for STAND_IN_S, for it may be gone and the iteration waits for them.
 * Every repetition comes after a wait. A place is left for good once its work is done or has turned out impossible.
-* The end of the job is believed when the shared state says so and no server denies it. A disabled job is waited for.
+* The end of the job is believed when the shared state says so and no server denies it. A disabled job is waited for,
+  and so is a new instance of a finished one.
 
 Source: MindSpore Federated 0.1, hybrid worker; pulling only every second time or never (sync_frequency 1), throwing the
 first step of each period away, and asking a finished job for ever are its faults and not repeated here.
@@ -29,7 +30,7 @@ from fedcore.core.job import RunningState
 from fedcore.errors import LocalError
 
 STAND_IN_S = 15.0  # of waiting for metrics that another worker owes
-DISABLED_PAUSE_S = 1.0
+IDLE_PAUSE_S = 1.0  # between two looks at a job that has no work
 _SHORT = (0.2, 0.5)  # seconds between two questions whether something is ready
 _LONG = (0.5, 1.0)  # after a failure
 _LATE = "Model of iteration of "  # how the answer to a push begins that comes after another one; the protocol's words
@@ -45,6 +46,7 @@ class Step(StrEnum):
     CHECKING = "checking"  # that the job is still where the weights in hand belong
     PUSHING = "pushing"
     REPORTING = "reporting"
+    FINISHED = "finished"  # with the job, unless that begins anew
     ENDED = "ended"
 
 
@@ -244,10 +246,10 @@ class End:
     """Stop working; nothing follows.
 
     Attributes:
-        fault: what somebody has to mend first, "" if the job is finished.
+        fault: what somebody has to mend first.
     """
 
-    fault: str = ""
+    fault: str
 
 
 Effect = Look | Pull | Train | Push | PushMetrics | Wait | End
@@ -360,11 +362,24 @@ def _seen(now: Progress, place: Place, running: RunningState, jitter: float) -> 
 def _probing(now: Progress, event: Event, jitter: float) -> Turn | None:
     match event:
         case Unavailable(text=text) if text == DISABLED_OR_FINISHED:
-            return _end(now)
+            return _finished(now, Remark.FINISHED)
         case Unreachable():  # the servers of a finished job may have left
-            return _end(now)
+            return _finished(now, Remark.FINISHED)
         case Unavailable() | Answered() | Pulled():
             return _wait(now, Step.LOOKING, _LONG, jitter)
+    return None
+
+
+def _resting(now: Progress, event: Event, jitter: float) -> Turn | None:
+    match event:
+        case Waited():
+            return Turn(now, Look())
+        case Blind():
+            return _finished(now)
+        case Looked(place, running) if running in (RunningState.RUNNING, RunningState.DISABLE):
+            return _seen(replace(now, step=Step.LOOKING, waited=0.0), place, running, jitter)
+        case Looked():
+            return _finished(now)
     return None
 
 
@@ -455,6 +470,7 @@ def _reporting(now: Progress, event: Event, jitter: float) -> Turn | None:
 _STEPS = {
     Step.LOOKING: _looking,
     Step.PROBING: _probing,
+    Step.FINISHED: _resting,
     Step.PULLING: _pulling,
     Step.TRAINING: _training,
     Step.CHECKING: _checking,
@@ -481,7 +497,7 @@ def _wait(
 
 
 def _disabled(now: Progress, then: Step) -> Turn:
-    return Turn(replace(now, step=then, pause=DISABLED_PAUSE_S), Wait(DISABLED_PAUSE_S), Remark.DISABLED)
+    return Turn(replace(now, step=then, pause=IDLE_PAUSE_S), Wait(IDLE_PAUSE_S), Remark.DISABLED)
 
 
 def _leave(now: Progress, jitter: float, remark: Remark) -> Turn:
@@ -494,5 +510,6 @@ def _report(now: Progress, place: Place, remark: Remark | None) -> Turn:
     return Turn(reporting, PushMetrics(place, now.loss, now.accuracy), remark)
 
 
-def _end(now: Progress) -> Turn:
-    return Turn(replace(now, step=Step.ENDED), End(), Remark.FINISHED)
+def _finished(now: Progress, remark: Remark | None = None) -> Turn:
+    """Have nothing to do until the job begins anew."""
+    return Turn(replace(now, step=Step.FINISHED, pause=IDLE_PAUSE_S), Wait(IDLE_PAUSE_S), remark)

@@ -26,7 +26,7 @@ _WORD = 8
 
 
 class NoSpace(FedcoreError):
-    """The ledger directory has no room; the text says how much is needed and where."""
+    """There is no room for a ledger, a copy or a body; the text says how much is needed and where."""
 
     retry_after = 5.0
 

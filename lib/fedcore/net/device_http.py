@@ -350,6 +350,7 @@ class DeviceProtocol(protocol.Protocol):
                 self._enter(Stage.TURN, None)  # one request a turn, so that nobody can hold the reactor
                 self.site.next_turn().addCallback(self._next_request).addErrback(self._failed)
             else:
+                self._sent = 0
                 self._enter(Stage.IDLE, self.site.limits.idle_timeout)
                 self._read(True)
         elif self._unread or self._pending:
@@ -414,6 +415,16 @@ class DeviceProtocol(protocol.Protocol):
     def entered(self) -> float:
         """When its present stage began, monotonic seconds."""
         return self._entered
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a request is, or an answer that the peer's side has not taken yet.
+
+        A peer that takes its time to agree to the end of a connection, as it may with TLS, waits for nothing.
+        """
+        if self._works or self._stage not in (Stage.IDLE, Stage.CLOSED):
+            return True
+        return self._stage is Stage.CLOSED and self._sent > 0 and not self._gone and self._sent > self._taken
 
     # ---- time
 
@@ -608,6 +619,11 @@ class DeviceSite(protocol.Factory):
         turn: defer.Deferred[None] = defer.Deferred()
         self._reactor.callLater(0, turn.callback, None)
         return turn
+
+    @property
+    def under_way(self) -> bool:
+        """Whether any request is, or an answer to one."""
+        return any(connection.under_way for connection in self.connections)
 
     def stop(self) -> None:
         """Close idle connections; the others close with their answer."""

@@ -7,6 +7,7 @@ devices give up after two refusals.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Awaitable, Callable
@@ -121,6 +122,7 @@ class ClientApi:
         if self._identity is not None and not is_provable(request):
             return self._refuse_start(Verdict(400, admission.MISSING_START_PARTS))
         entry: Entry | None = None
+        proven = self._identity is None
         fault = admission.data_size_fault(request.data_size, self._largest_size)
         if request.data_size > self._largest_size:
             self._metrics.data_sizes_refused.inc()
@@ -136,6 +138,7 @@ class ClientApi:
                     refusal = await self._unproven(entry, seen[0], request, body)
                     if refusal is not None:
                         return self._refuse_start(refusal)
+                    proven = True
                 selection = await self._select(request, seen[0], fault is None, entry)
             except StoreError as error:
                 if await self._settled(error, seen, until):
@@ -147,21 +150,22 @@ class ClientApi:
             verdict = admission.judge_start(selection, request.fl_id, fault)
             changed = seen[0] != self.driver.iteration.number or not self.driver.serving
             if verdict.code == 200 and changed:  # the place was in an iteration that has ended meanwhile
-                if self._reactor.seconds() < until:
+                if self._left(until):
                     continue
                 verdict = Verdict(300, admission.START_FULL)
-            return (
-                self._current.selected(self._opening())
-                if verdict.code == 200
-                else self._refuse_start(verdict)
-            )
+            if verdict.code == 200:
+                return self._current.selected(self._opening())
+            if proven and verdict.reason == admission.START_FULL and not self._left(until):
+                # It was held in vain: what the shared state was told of its return, if anything, is too early.
+                return self._refuse_start(verdict, await self._return_of(request.fl_id))
+            return self._refuse_start(verdict)
 
     async def update_model(self, room: Slot | Spool) -> Answer | str:
         """Count a device's update; the room that its body lies in is ours to keep or release."""
         try:
             slot = await self.intake.slot_for(room)
         except NoRoom:
-            return self.answers.update(300, admission.UPDATE_FULL, self._next_req_time())
+            return await self._no_room(room.buffer[: room.length])
         kept = False
         try:
             request = codec.decode(RequestUpdateModel, slot.body)
@@ -212,8 +216,7 @@ class ClientApi:
         assert cluster is not None and request.fl_id is not None
         key = "" if entry is None else entry.key
         meta = ClientMeta(request.data_size, max(0, request.eval_data_size), self._now_ms(), key)
-        margin = self._margin_ms  # a refused device returns within two of them after the expected opening
-        reserve = Reserve(self._next_req_time() - self._now_ms(), 2 * margin, margin)
+        reserve = self._reserve(self._next_req_time())
         selection, count = await cluster.select_client(
             number, request.fl_id, meta, places=self.driver.policy.start_threshold, fit=fit, reserve=reserve
         )
@@ -252,11 +255,7 @@ class ClientApi:
             if acceptance is Acceptance.UNFIT and finding is Finding.UNKNOWN:
                 continue  # it has got its place meanwhile
             too_far = acceptance is Acceptance.UNFIT and finding is Finding.TOO_FAR
-            if (
-                acceptance is Acceptance.UNFIT
-                and standing is Standing.UNKNOWN
-                and self._reactor.seconds() < until
-            ):
+            if acceptance is Acceptance.UNFIT and standing is Standing.UNKNOWN and self._left(until):
                 continue  # likewise
             refusal: Verdict | None = None
             if acceptance in (Acceptance.UNFIT, Acceptance.REPEATED):
@@ -269,7 +268,8 @@ class ClientApi:
                 self._metrics.refuse_update("signature")
             elif acceptance is not Acceptance.REPEATED:
                 self._metrics.refuse_update("norm" if too_far else acceptance.value)
-            next_req_time = self._next_req_time()
+            needy = acceptance in admission.NEEDS_PLACE and standing is Standing.PASSED
+            next_req_time = await self._return_of(request.fl_id or "") if needy else self._next_req_time()
             number = self.driver.iteration.number
             verdict = refusal or admission.judge_update(
                 acceptance, request.fl_id or "", request.iteration, number, next_req_time, too_far=too_far
@@ -291,6 +291,28 @@ class ClientApi:
             return Standing.PASSED
         return await self._identity.standing(cluster, signed)
 
+    async def _no_room(self, body: memoryview) -> Answer:
+        """Refuse a complete update that no slot came free for; who sent it can be read wherever it lies."""
+        fl_id = None
+        with contextlib.suppress(MalformedRequest):
+            fl_id = codec.decode(RequestUpdateModel, body).fl_id
+        known = self._identity is None and _is_id(fl_id)  # whoever must sign has not shown here that it can
+        next_req_time = await self._return_of(fl_id or "") if known else self._next_req_time()
+        return self.answers.update(300, admission.UPDATE_FULL, next_req_time)
+
+    async def _return_of(self, fl_id: str) -> int:
+        """Return when a refused client shall come back, and keep a place for it: two refusals end an old device."""
+        next_req_time, cluster = self._next_req_time(), self.driver.cluster
+        if cluster is not None:
+            with contextlib.suppress(StoreError):  # then it must take its chance
+                places, reserve = self.driver.policy.start_threshold, self._reserve(next_req_time)
+                await cluster.reserve_place(fl_id, places=places, reserve=reserve)
+        return max(next_req_time, self._now_ms() + self._margin_ms)  # Redis may have let us wait
+
+    def _reserve(self, next_req_time: int) -> Reserve:
+        """Return how the place of a client is kept that returns within two margins after the expected opening."""
+        return Reserve(next_req_time - self._now_ms(), 2 * self._margin_ms, self._margin_ms)
+
     # ---- holding and refusing
 
     async def _pass_gate(self, round_name: str, until: float) -> str | None:
@@ -307,8 +329,12 @@ class ClientApi:
 
     async def _store_back(self, until: float) -> bool:
         """Wait until the shared state can be reached; False if that takes too long."""
-        left = until - self._reactor.seconds()
+        left = self._left(until)
         return left > 0 and await self.driver.store_back(left)
+
+    def _left(self, until: float) -> float:
+        """Return for how many seconds a request may still be held, at most until the given moment."""
+        return 0.0 if self.driver.letting_go else max(0.0, until - self._reactor.seconds())
 
     async def _up_to_date(self, wanted: int, until: float) -> bool:
         """Make sure that this server has its model in front, and is not behind the others; False if it cannot.
@@ -334,11 +360,11 @@ class ClientApi:
         return driver.serving or await self._store_back(until)
 
     async def _moved_on(self, seen: tuple[int, int], until: float) -> bool:
-        return await self.driver.moved_on(seen, max(0.0, until - self._reactor.seconds()))
+        return await self.driver.moved_on(seen, self._left(until))
 
     async def _settled(self, error: StoreError, seen: tuple[int, int], until: float) -> bool:
         """After the shared state proved to be elsewhere or away: whether another try is worth it."""
-        if self._reactor.seconds() >= until:
+        if not self._left(until):
             return False
         try:
             await self.driver.look()
@@ -348,7 +374,7 @@ class ClientApi:
             return True
         if isinstance(error, IterationMoved):
             return await self._moved_on(seen, until)
-        await self.driver.moved_on(seen, min(RETRY_S, until - self._reactor.seconds()))
+        await self.driver.moved_on(seen, min(RETRY_S, self._left(until)))
         return True
 
     @property
@@ -392,8 +418,9 @@ class ClientApi:
         opens = backoff.expected_opening(now, filled_ms, self._window_ms, typical_ms)
         return backoff.next_request_time(now, opens, self._margin_ms, self._chance())
 
-    def _refuse_start(self, verdict: Verdict) -> Answer:
-        return self._current.start_refused(verdict.code, verdict.reason, self._next_req_time())
+    def _refuse_start(self, verdict: Verdict, next_req_time: int | None = None) -> Answer:
+        moment = self._next_req_time() if next_req_time is None else next_req_time
+        return self._current.start_refused(verdict.code, verdict.reason, moment)
 
     def _malformed_update(self, reason: str) -> Answer:
         self._metrics.refuse_update("malformed")

@@ -67,8 +67,10 @@ class Finaliser:
         return core.ReductionClaimed(*claimed)
 
     async def reduce(self) -> core.Event | None:
-        """Make the model of all counted updates."""
+        """Make the model of all counted updates; nothing if another instance was joined while this was on its way."""
         driver = self._driver
+        if not driver.iteration.changing:
+            return None  # its ledger takes updates, and must not be sealed
         outcome = await self._parts.reduction.reduce(
             driver.joined_cluster(),
             driver.iteration,

@@ -77,6 +77,7 @@ class IterationDriver(Service):
         opening: the iteration that is served.
         busy: whether an effect is under way.
         stopping: the sealed sums of a server that is about to stop, None before.
+        letting_go: whether requests are held no more.
     """
 
     log = Logger()
@@ -101,6 +102,7 @@ class IterationDriver(Service):
         self.course = Course()
         self.busy = False
         self.stopping: Closed | None = None
+        self.letting_go = False
         self.on_join: list[Callable[[], object]] = []
         self.on_terms: list[Callable[[Settings], object]] = []
         self.on_leave: Callable[[], object] = lambda: None
@@ -169,13 +171,23 @@ class IterationDriver(Service):
         Whoever waits while Redis is away goes on as soon as this server can take part again.
         """
         away = not self._redis.available
-        return await self.until(
+        return await self.held_until(
             lambda: (self.serving and self.where != seen) or (away and self.joined), seconds
         )
 
     async def store_back(self, seconds: float) -> bool:
         """Wait until this server can take part again, at most so many seconds; tell whether it can."""
-        return await self.until(lambda: self.joined, seconds)
+        return await self.held_until(lambda: self.joined, seconds)
+
+    async def held_until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Hold a request as ``until`` waits, but not beyond the moment when requests are let go."""
+        await self.until(lambda: self.letting_go or condition(), seconds)
+        return condition()
+
+    def let_go(self) -> None:
+        """Hold no request any more, those included that are held: this server is about to stop."""
+        self.letting_go = True
+        self.wake()
 
     async def until(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Wait until something holds of this server or its iteration; tell whether it does, in so many seconds."""
@@ -197,8 +209,8 @@ class IterationDriver(Service):
 
     @property
     def typical(self) -> float | None:
-        """How long the last valid iteration took from then to its end, seconds."""
-        return self.course.typical
+        """How long the last valid iteration took from then to its end, seconds, as the shared state tells."""
+        return self._memory.typical
 
     @property
     def problem(self) -> str:

@@ -23,7 +23,7 @@ from twisted.logger import Logger
 from fedcore.core.node_id import host_of
 from fedcore.errors import FedcoreError, LocalError, StoreError
 from fedcore.ledger import layout
-from fedcore.ledger.copy import PartialCopy
+from fedcore.ledger.copy import FileCopy, PartialCopy, copy_in_memory
 from fedcore.ledger.files import Held, MappedFile, create_file, first_page, ledger_files, open_file
 from fedcore.ledger.layout import Damaged, Entry, Epoch, Shape, SlotState
 from fedcore.ledger.ledger import Ledger, Partial, Update
@@ -234,12 +234,31 @@ class Ledgers:
             del self.adopted[ledger_id]
             file.remove()
 
-    def copy(self, head: bytes, start: int, length: int) -> PartialCopy:
-        """Make room for the partial of another host; the caller fills it.
+    def copy(self, head: bytes, start: int, length: int) -> FileCopy:
+        """Make room for the partial of another host that is to be kept; the caller fills it.
 
         Raises:
             Damaged: head, start and length do not fit each other, or it is of another job or model.
             NoSpace: the directory is full.
+        """
+        self._check_kind(head)
+        return FileCopy(self._directory, head, start, length, self.durable)
+
+    def copy_in_memory(self, head: bytes, start: int, length: int) -> PartialCopy:
+        """Make room for the partial of another host that is only to be added; the caller fills it.
+
+        Raises:
+            Damaged: head, start and length do not fit each other, or it is of another job or model.
+            NoSpace: there is no memory for it.
+        """
+        self._check_kind(head)
+        return copy_in_memory(head, start, length)
+
+    def _check_kind(self, head: bytes) -> None:
+        """Refuse the head of a partial that this server can neither add nor keep.
+
+        Raises:
+            Damaged: it is of another job or model, or lists more clients than any iteration has.
         """
         shape, own = layout.shape_of(head), self._shape
         same = (own.job, own.layout, own.floats, own.weights, 0)
@@ -247,10 +266,9 @@ class Ledgers:
             raise Damaged("the partial is of another job or model")
         if shape.clients > max(MOST_CLIENTS, own.clients):
             raise Damaged(f"the partial has room for {shape.clients} clients")
-        return PartialCopy(self._directory, head, start, length, self.durable)
 
     async def keep(
-        self, copy: PartialCopy, epoch: Epoch, cluster: ClusterState, giver: str, node_id: str
+        self, copy: FileCopy, epoch: Epoch, cluster: ClusterState, giver: str, node_id: str
     ) -> Partial | None:
         """Take over a ledger of another host of which this is a full copy; None if its iteration is over.
 

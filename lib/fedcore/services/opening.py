@@ -107,7 +107,7 @@ class Opening:
             course.seconds_until(now),
             metrics=course.metrics_before,
         )
-        self._parts.reporter.ended(end, course.end(end.valid, now))
+        self._parts.reporter.ended(end, course.end(now))
         if made is not None and made.checkpoint is None and not driver.policy.hybrid:
             driver.run(self._parts.publication.save_behind(made, instance))
 

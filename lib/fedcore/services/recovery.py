@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 JUMP_S = 2.0  # by so much Redis' clock may differ from one look to the next; more, and it was set
 LOOK_S = 2.0  # of the time since the look before, one look tells at most so much; there is one a second
+ANYBODY = ""  # stands for servers that this one has never seen on the list, as it has not watched it for long enough
 _SAME_S = 0.0005  # half of the unit in which Redis holds moments
 log = Logger()
 
@@ -73,11 +74,13 @@ class Memory:
         ended: success and result of the iteration before.
         epoch: how many instances the job had before this one.
         sealed_at: seconds, when the current iteration was sealed, or None.
+        typical: seconds that the last valid iteration took from its last place to its end, or None.
     """
 
     def __init__(self, reactor: Any) -> None:
         self.ended = (True, "")
         self.sealed_at: float | None = None
+        self.typical: float | None = None
         self._reactor = reactor
         self._moments: dict[str, Moment] = {}  # of the current iteration
         self._fence = 0  # highest number of a token that was seen
@@ -105,6 +108,8 @@ class Memory:
         """
         self._fence = max(self._fence, snapshot.fence)
         self.epoch = max(self.epoch, snapshot.epoch)
+        if snapshot.typical is not None:  # a Redis that has forgotten it is no reason to
+            self.typical = snapshot.typical
         self.sealed_at = self._here("sealed", snapshot.sealed_ago, snapshot.clock, asked)
         return replace(
             snapshot.iteration,
@@ -138,12 +143,14 @@ class Memory:
             self._fence,
             self.epoch,
             *self.ended,
+            typical=self.typical,
         )
 
     def begin_instance(self) -> None:
-        """Forget what was known of another instance."""
+        """Forget what was known of another instance; who takes part in this one is still to be seen."""
         self._fence = self.epoch = 0
         self._moments.clear()
+        self._missed[ANYBODY] = 0.0
 
     def claimed(self, token: str) -> None:
         """Take note of a token that this server was given."""
@@ -153,15 +160,19 @@ class Memory:
         """Take note of the servers that are on the list of the living.
 
         Who is not on it any more is forgotten DOUBT_S later. A list that was emptied a moment ago names only those who
-        have come back to it already: that others are not on it says nothing of them.
+        have come back to it already: that others are not on it says nothing of them. With servers that were never
+        seen it is the same: only looks for DOUBT_S, without a gap, tell that there is nobody else.
         """
         now = self._reactor.seconds()
         # Only now, as the list that they were not on may have been of a Redis whose loss was noticed after that look.
         for peer in self._unlisted:
             self._missed[peer] += self._unlisted_for
         self._missed = {peer: missed for peer, missed in self._missed.items() if missed < DOUBT_S}
+        emptied = now - self._lost_at < HOLD_OFF_S
+        if now - self._saw_at > LOOK_S and not emptied:
+            self._missed[ANYBODY] = 0.0
         self._unlisted = self._missed.keys() - set(others)
-        self._unlisted_for = 0.0 if now - self._lost_at < HOLD_OFF_S else min(now - self._saw_at, LOOK_S)
+        self._unlisted_for = 0.0 if emptied else min(now - self._saw_at, LOOK_S)
         self._missed.update(dict.fromkeys(others, 0.0))
         self._saw_at = now
 
@@ -180,7 +191,7 @@ class Memory:
         self._others_before.update(dict.fromkeys(others, now))
 
     def in_doubt(self, others: Iterable[str]) -> list[str]:
-        """Return the servers that may hold what Redis has forgotten; nobody once the doubt is over."""
+        """Return the servers that may hold what Redis has forgotten, maybe ANYBODY; none once the doubt is over."""
         now = self._reactor.seconds()
         if now >= self._doubt_until:
             self._others_before.clear()
@@ -320,7 +331,7 @@ class Recovery:
         driver.opening.be_patient()
         self._parts.reduction.be_patient()
         self._parts.judge.forget()
-        others = [peer for peer in self._memory.in_doubt(driver.others) if peer != driver.node_id]
+        others = sorted(set(self._memory.in_doubt(driver.others)) - {driver.node_id, ANYBODY})
         await cluster.await_nodes(run_id, others)
         raised = await bring_back(
             cluster,

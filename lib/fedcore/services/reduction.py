@@ -3,8 +3,9 @@
 Rules kept here:
 
 * Partials are added in the order of their ledger ids, so that whoever repeats the sum gets the same bytes.
-* A partial of another host is read whole into a file, verified, added and dropped: memory holds one sum and one
-  partial beside the server's own. What was added counts as had, even if its server dies then.
+* A partial of another host is read whole into memory, verified, added and dropped: memory holds one sum and one
+  partial beside the server's own, and the ledgers' directory may be full. What was added counts as had, even if its
+  server dies then.
 * The clients of every partial must be exactly those that the shared state counted in its ledger.
 * An accelerator that fails is given up for good: what was added is read back, the CPU goes on, and the model is the
   same to the last bit. If it cannot be read back, the sum begins anew.
@@ -31,6 +32,7 @@ from fedcore.ledger.layout import Damaged, Epoch, Totals, sum_of
 from fedcore.ledger.ledger import Partial
 from fedcore.services.ledgers import Ledgers
 from fedcore.services.peers import PeerReplaced, Peers
+from fedcore.services.recovery import ANYBODY
 from fedcore.services.update_intake import UpdateIntake
 from fedcore.store.cluster_state import ClusterState
 from fedcore.store.keys import DOUBT_S, REVOKED
@@ -120,6 +122,7 @@ class Reduction:
             None  # which attempt is below the quorum, since when
         )
         self._complained: set[tuple[str, int, int]] = set()  # peers that offered nothing, in which attempt
+        self._untaken: set[tuple[str, str, int, int]] = set()  # whose partial found no room, in which attempt
 
     @property
     def had(self) -> frozenset[str]:
@@ -148,6 +151,7 @@ class Reduction:
         """Drop the sum under way."""
         self._sum = self._short = None
         self._complained.clear()
+        self._untaken.clear()
 
     def be_patient(self) -> None:
         """Begin anew to wait for updates that Redis does not count: those who are not back yet may have them."""
@@ -170,7 +174,8 @@ class Reduction:
             epoch: which updates count.
             previous: the model that they were trained from.
             quorum: fewer updates make no model.
-            in_doubt: gives further servers to ask and to wait for, while Redis may have forgotten what they hold.
+            in_doubt: gives further servers to ask and to wait for, while Redis may have forgotten what they hold;
+                ANYBODY can only be waited for.
 
         Returns:
             The model, or why there is none; None if a partial cannot be had at present: to be tried again.
@@ -227,7 +232,7 @@ class Reduction:
     async def _find(
         self, cluster: ClusterState, now: Iteration, own: Partial | None, everybody: list[str]
     ) -> tuple[dict[str, _Source], set[str]]:
-        """Return where each partial of the iteration is, ledger id -> source, and who did not answer.
+        """Return where each partial of the iteration is, ledger id -> source, and who did not answer, with ANYBODY.
 
         Asked are those who own counted ledgers, and everybody in doubt.
         """
@@ -237,7 +242,7 @@ class Reduction:
         owners = await cluster.ledgers() if elsewhere else {}
         asked = sorted(
             ({owners.get(ledger_id, "") for ledger_id in elsewhere} | set(everybody))
-            - {"", REVOKED, self._node_id}
+            - {"", ANYBODY, REVOKED, self._node_id}
         )
         instance = cluster.keys.instance
         answers = await defer.DeferredList(
@@ -246,7 +251,7 @@ class Reduction:
                 for peer in asked
             ]
         )
-        silent = set()
+        silent = {ANYBODY}
         for peer, (_, offers) in zip(asked, answers, strict=True):
             if offers is None:
                 silent.add(peer)
@@ -321,9 +326,13 @@ class Reduction:
         assert source.offer is not None
         offer = source.offer
         try:
-            copy = self._ledgers.copy(offer.head_bytes(), offer.start, offer.length)
-        except (FedcoreError, OSError) as error:
-            self.log.error("a partial of {peer} cannot be taken: {error}", peer=source.peer, error=str(error))
+            copy = self._ledgers.copy_in_memory(offer.head_bytes(), offer.start, offer.length)
+        except FedcoreError as error:
+            if (source.peer, *attempt) not in self._untaken:
+                self._untaken.add((source.peer, *attempt))
+                self.log.error(
+                    "a partial of {peer} cannot be taken: {error}", peer=source.peer, error=str(error)
+                )
             return False if isinstance(error, Damaged) else None
         try:
             await self._peers.copy_partial(source.peer, offer, *attempt, copy)
@@ -336,8 +345,6 @@ class Reduction:
                 "the partial of {peer} could not be read: {error}", peer=source.peer, error=str(error)
             )
             return False if isinstance(error, Damaged) else None
-        finally:
-            copy.file.remove()
         return True
 
     def _include(self, total: _Sum, partial: Partial | None, *, keep: bool) -> None:

@@ -62,18 +62,15 @@ class Course:
 
     Attributes:
         filled: when all places of the current iteration were taken, or None.
-        typical: seconds that the last valid iteration took from then to its end, or None.
         updates_before: updates that the iteration before had counted.
         metrics_before: what a worker told of the iteration before, or None.
     """
 
     def __init__(self) -> None:
         self.filled: float | None = None
-        self.typical: float | None = None
         self.updates_before = 0
         self.metrics_before: tuple[float, float] | None = None
         self._started_before: float | None = None  # first startFLJob of the iteration before
-        self._filled_before: float | None = None
         self._last_upload: float | None = None
 
     def uploaded(self, now: float) -> None:
@@ -85,7 +82,7 @@ class Course:
         if after.number != before.number:
             self._started_before, self.updates_before = before.started, before.uploaded
             self.metrics_before = before.metrics
-            self._filled_before, self.filled = self.filled, None
+            self.filled = None
         if self.filled is None and after.selected >= places:
             self.filled = now
 
@@ -93,10 +90,8 @@ class Course:
         """Return how long the iteration before took, None if nobody came."""
         return None if self._started_before is None else now - self._started_before
 
-    def end(self, valid: bool, now: float) -> float | None:
+    def end(self, now: float) -> float | None:
         """Close the account of the iteration before; return the seconds since its last update reached this server."""
-        if valid and self._filled_before is not None:
-            self.typical = now - self._filled_before
         last, self._last_upload = self._last_upload, None
         return None if last is None else now - last
 

@@ -298,9 +298,10 @@ class Server:
         """Stop taking requests, let those in flight finish, and leave the updates in good hands."""
         self._callback.before_stopped()
         self.site.stop()
+        self.driver.let_go()
         self.leaving = "stopping: waiting for requests in flight"
         limit = self._reactor.seconds() + DRAIN_TIMEOUT_S
-        while self.site.connections and self._reactor.seconds() < limit:
+        while self.site.under_way and self._reactor.seconds() < limit:
             pause: defer.Deferred[None] = defer.Deferred()
             self._reactor.callLater(_POLL_S, pause.callback, None)
             await pause

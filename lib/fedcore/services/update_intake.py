@@ -22,7 +22,14 @@ from fedcore.ledger.ledger import MERGE_BATCH, Ledger, Partial, Slot
 from fedcore.ledger.spool import Spool, open_spool
 from fedcore.services.evaluation import longest_vector, vector_of
 from fedcore.services.ledgers import Ledgers, update_of
-from fedcore.store.cluster_state import ClientMeta, ClusterState, IterationMoved, LeaseLapsed, LedgerRevoked
+from fedcore.store.cluster_state import (
+    ClientMeta,
+    ClusterState,
+    IterationMoved,
+    LeaseLapsed,
+    LedgerRevoked,
+    OthersAwaited,
+)
 from fedcore.wire.messages import RequestUpdateModel
 
 # A hop to a thread and back costs about as much as adding this many floats; smaller models are merged at once.
@@ -288,6 +295,10 @@ class UpdateIntake(Service):
         epoch: Epoch | None,
     ) -> tuple[Acceptance, int, ClientMeta | None]:
         limit = self._reactor.seconds() + self._room_timeout
+        late, again = (
+            self._sealing,
+            False,
+        )  # what comes late counts nowhere yet, and ``seal`` does not wait for it
         vector = self._vector_of(request) if fit else b""
         while True:
             try:
@@ -300,6 +311,7 @@ class UpdateIntake(Service):
                     ledger_id=ledger.id,
                     node_id=self._node_id,
                     fit=fit,
+                    again=again,
                     vector=vector,
                     kept=self._vectors_kept,
                 )
@@ -307,7 +319,12 @@ class UpdateIntake(Service):
                 # Not on record yet, or forgotten: within a second the driver sees to it or drops the ledger.
                 if self._sealing or self._ledgers.own is not ledger or self._reactor.seconds() >= limit:
                     raise
-            except (StoreUnavailable, LeaseLapsed):
+            except OthersAwaited:
+                if not again:
+                    raise
+            except StoreUnavailable:
+                again = not late
+            except LeaseLapsed:
                 pass
             await task.deferLater(self._reactor, RETRY_S)
             await cluster.redis.connected()

@@ -114,11 +114,11 @@ def require_hybrid(settings: Settings) -> None:
 
 
 class Worker(Service):
-    """Trains each aggregate of a job until the job is finished.
+    """Trains each aggregate of a job; once the job is finished it waits for a new instance of it.
 
     Attributes:
         services: what it needs, itself among them, to be started in this order.
-        on_end: called once, when the worker ends by itself: None if the job is finished, or why it cannot go on.
+        on_end: called once, with the reason, when the worker cannot go on.
     """
 
     log = Logger()
@@ -150,7 +150,7 @@ class Worker(Service):
             ConfigError: servers of this job serve no workers.
         """
         require_hybrid(settings)
-        self.on_end: Callable[[FedcoreError | None], None] = lambda fault: None
+        self.on_end: Callable[[FedcoreError], None] = lambda fault: None
         self._settings = settings
         self._trainer = trainer
         self._redis = redis
@@ -192,12 +192,16 @@ class Worker(Service):
         """Whether the trainer's thread lives, be it that it cannot be stopped."""
         return self._thread.busy
 
+    @property
+    def _finished(self) -> bool:
+        return self._progress.step is Step.FINISHED
+
     def checks(self) -> dict[str, Callable[[], str | None]]:
         """Return what must hold for the worker to be ready."""
         return {
             "redis": lambda: self._redis.problem or None,
             "membership": lambda: None if self.registration.registered else "not on the list of workers yet",
-            "servers": lambda: self._client.problem or None,
+            "servers": lambda: None if self._finished else self._client.problem or None,
         }
 
     def startService(self) -> None:
@@ -223,9 +227,8 @@ class Worker(Service):
             turn = core.step(before, event, random.random())
             self._progress, self._effect = turn.progress, turn.effect
             self._show(before, turn)
-        fault = self._effect.fault
         hint = "the trainer and the servers must mean one model"
-        self.on_end(ConfigError(fault, hint=hint) if fault else None)
+        self.on_end(ConfigError(self._effect.fault, hint=hint))
 
     def _broken(self, failure: Any) -> None:
         if failure.check(defer.CancelledError) and not self.running:
@@ -356,12 +359,17 @@ class Worker(Service):
             "detail": self._detail,
         }
         self.log.emit(level, words, **{name: fields[name] for name in fields if f"{{{name}" in words})
+        if self._finished:
+            self._tell()
 
     def _tell(self) -> None:
         """Say what the worker is about, and from time to time that a long training goes on."""
         step, place = self._progress.step, self._progress.place
         number = 0 if place is None else place.iteration
-        self._status(f"{step.value}, iteration {number}" if number else step.value)
+        if self._finished:
+            self._status("the job is finished")
+        else:
+            self._status(f"{step.value}, iteration {number}" if number else step.value)
         if step is Step.TRAINING and self._reactor.seconds() >= self._say_again:
             self._say_again += PATIENCE_S
             self.log.info(

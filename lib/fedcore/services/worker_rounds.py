@@ -154,7 +154,7 @@ class WorkerRounds:
         try:
             done = await cluster.push_weight(now.number, now.attempt, aggregate.digest, image.digest)
         except OthersAwaited:  # one of them may bring back an earlier push
-            await self._driver.until(lambda: self._driver.iteration.rank != now.rank, self._hold)
+            await self._driver.held_until(lambda: self._driver.iteration.rank != now.rank, self._hold)
             return self._came_late(now.number)
         if not done:
             await self._driver.look()
@@ -239,7 +239,7 @@ class WorkerRounds:
             )
             is None
         ):
-            await driver.until(ready, max(0.0, until - self._reactor.seconds()))
+            await driver.held_until(ready, max(0.0, until - self._reactor.seconds()))
         return admission.gate(
             round_name=round_name,
             stopping=driver.stopping is not None,

@@ -73,6 +73,7 @@ class Snapshot:
         success: whether the previous iteration was valid.
         result: why it ended.
         clock: when that was, seconds by Redis' clock.
+        typical: seconds that the last valid iteration took from its last place to its end, None if none has filled up.
     """
 
     iteration: Iteration
@@ -84,6 +85,7 @@ class Snapshot:
     success: bool
     result: str
     clock: float = field(default=0.0, compare=False, repr=False)
+    typical: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +234,7 @@ class ClusterState:
             arguments += [name, repr(figure)]
         arguments += ["updates", now.uploaded] if now.phase in MADE else []
         arguments += ["disabled", 1] if now.interrupted else []
+        arguments += [] if known.typical is None else ["typicalMs", int(known.typical * 1000)]
         names = [keys.instance_name(self.keys.fl_name), self.keys.status]
         return Raised((await self.redis.script("raise_status", names, arguments)).decode())
 
@@ -346,6 +349,20 @@ class ClusterState:
         names = [keys.signatures(self.keys.fl_name, client_key(fl_id))]
         return Use((await self.redis.script("use_signature", names, arguments)).decode())
 
+    async def reserve_place(self, fl_id: str, *, places: int, reserve: Reserve) -> bool:
+        """Keep a place of a later iteration for a client whose update is refused, as for one that gets no place.
+
+        Args:
+            fl_id: the client.
+            places: start_fl_job_threshold; four times as many may wait.
+            reserve: its place; how long before its return it is kept is for those to say who ask for places then.
+
+        Returns:
+            False if too many wait already.
+        """
+        arguments: list[Argument] = [client_key(fl_id), places, reserve.returns_ms, reserve.after_ms]
+        return bool(await self.redis.script("reserve_place", [self.keys.waiting], arguments))
+
     async def accept_upload(
         self,
         number: int,
@@ -357,6 +374,7 @@ class ClusterState:
         ledger_id: str,
         node_id: str,
         fit: bool,
+        again: bool = False,
         vector: bytes = b"",
         kept: int = 0,
     ) -> tuple[Acceptance, int, ClientMeta | None]:
@@ -371,6 +389,8 @@ class ClusterState:
             ledger_id: where the update lies.
             node_id: the server, which must own that ledger and hold a lease.
             fit: False only asks what the answer would be.
+            again: whether this was asked before, and the answer lost: then a sealed iteration that lacks updates, as
+                Redis has forgotten some, takes it back.
             vector: the client's evaluation vector, kept in the same step if the update is counted now; b"" for none.
             kept: of how many clients the vectors are kept, the newest of each.
 
@@ -407,6 +427,7 @@ class ClusterState:
             node_id,
             self.keys.instance,
             int(keys.HOLD_OFF_S * 1000),
+            int(again),
         ]
         if vector and kept:
             names += [self.keys.evaluated, self.keys.evaluation]
@@ -734,4 +755,5 @@ def _snapshot(answer: Sequence[bytes | int]) -> Snapshot:
         text("lastIterationSuccess") == "1",
         text("lastIterationResult"),
         now_ms / 1000,
+        int(text("typicalMs")) / 1000 if text("typicalMs") else None,
     )

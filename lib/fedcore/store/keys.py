@@ -9,7 +9,8 @@
     P server:heartbeat:{node}:String                string  10 s       ip:port; each server, every second
     P worker:Hash, P worker:heartbeat:{id}:String   as server           each worker
     ms_fl:{fl}:ModelInfo:String                     string  job        names and sizes of the weights; first server
-    P waiting:ZSet                                  zset    as needed  refused client -> when it is told to return (ms)
+    P waiting:ZSet                                  zset    as needed  refused client, of startFLJob or updateModel,
+                                                                       -> when it is told to return (ms)
     P ledgers:Hash                                  hash    job        ledger id -> node id of its owner, or "revoked"
     P evaluation:Hash                               hash    evaluation client -> its newest evaluation vector, float32
     P evaluated:ZSet                                zset    evaluation client -> when that was kept (microseconds)
@@ -33,9 +34,10 @@ Ours: attempt, phase, token (of the finaliser, see claim_reduction.lua), fence (
 the candidate model, or of what a worker has trained), updates (in it), aggregate (digest of what a worker is to train
 further), loss and accuracy (as the worker tells them), base (digest of the model that devices train from), lost
 (updates of this iteration that were counted and then lost), disabled ("1" once a disabled job's iteration was ended),
-epoch (how many instances the job had before), and startedMs, firstUploadMs, sealedMs (of this iteration, by Redis'
-clock). A status that was written by the original lacks ours, and runningState may be missing: it then counts as
-running, collecting, in its first attempt.
+epoch (how many instances the job had before), startedMs, firstUploadMs, sealedMs and filledMs (of this iteration, by
+Redis' clock; the last: when its last place was taken), and typicalMs (how long the last valid iteration took from its
+filledMs to its end). A status that was written by the original lacks ours, and runningState may be missing: it then
+counts as running, collecting, in its first attempt.
 """
 
 from __future__ import annotations

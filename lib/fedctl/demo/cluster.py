@@ -163,7 +163,7 @@ class Cluster:
         """Ask the server how far it is.
 
         Raises:
-            ChildFailed: a process has ended; devices and worker may, once the last iteration is over.
+            ChildFailed: a process has ended; devices may, once the last iteration is over.
         """
         ended = [child for child in self._learners() if child.exit_code is not None]
         try:

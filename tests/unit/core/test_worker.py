@@ -15,7 +15,6 @@ from fedcore.core.worker import (
     Answered,
     Blind,
     Diverged,
-    End,
     Look,
     Looked,
     Place,
@@ -65,11 +64,18 @@ TABLE = [
     (AFTER, Looked(NEXT, RUNNING), Step.PULLING, Pull(NEXT), None),
     (AFTER, Looked(ELSEWHERE, RUNNING), Step.PULLING, Pull(ELSEWHERE), None),
     # is a finished job finished?
-    (AT[Step.PROBING], Unavailable(DISABLED_OR_FINISHED), Step.ENDED, End(), Remark.FINISHED),
-    (AT[Step.PROBING], Unreachable(), Step.ENDED, End(), Remark.FINISHED),
+    (AT[Step.PROBING], Unavailable(DISABLED_OR_FINISHED), Step.FINISHED, Wait(1.0), Remark.FINISHED),
+    (AT[Step.PROBING], Unreachable(), Step.FINISHED, Wait(1.0), Remark.FINISHED),
     (AT[Step.PROBING], Unavailable(SAFEMODE), Step.LOOKING, LONG, None),
     (AT[Step.PROBING], Answered(201), Step.LOOKING, LONG, None),
     (AT[Step.PROBING], Pulled(3, True), Step.LOOKING, LONG, None),
+    # it is, unless it begins anew
+    (AT[Step.FINISHED], Waited(), Step.FINISHED, Look(), None),
+    (AT[Step.FINISHED], Blind(), Step.FINISHED, Wait(1.0), None),
+    (AT[Step.FINISHED], Looked(HERE, FINISHED), Step.FINISHED, Wait(1.0), None),
+    (AT[Step.FINISHED], Looked(ELSEWHERE, FINISHED), Step.FINISHED, Wait(1.0), None),
+    (AT[Step.FINISHED], Looked(ELSEWHERE, DISABLED), Step.LOOKING, Wait(1.0), Remark.DISABLED),
+    (AT[Step.FINISHED], Looked(ELSEWHERE, RUNNING), Step.PULLING, Pull(ELSEWHERE), None),
     # pulling
     (AT[Step.PULLING], Pulled(3, True), Step.TRAINING, Train(5), Remark.PULLED),
     (AT[Step.PULLING], Pulled(2, True), Step.LOOKING, SHORT, Remark.MISPLACED),
@@ -266,7 +272,7 @@ def test_whatever_happens_a_worker_keeps_the_rules_and_ends_with_the_job(data):
     turn = begin(5)
     since_pause = []
     for _ in range(5000):
-        if isinstance(turn.effect, End):
+        if turn.progress.step is Step.FINISHED:
             break
         assert turn.effect not in since_pause, "repeated without a wait"
         since_pause = [] if isinstance(turn.effect, Wait | Train) else [*since_pause, turn.effect]
@@ -278,5 +284,5 @@ def test_whatever_happens_a_worker_keeps_the_rules_and_ends_with_the_job(data):
         if had_weights and isinstance(turn.effect, Pull) and before.step is Step.CHECKING:
             assert turn.remark in (Remark.DISCARDED, Remark.DONE), "trained weights vanished without a word"
             job.in_hand = False
-    assert turn.effect == End()
+    assert turn.remark is Remark.FINISHED
     assert job.running is FINISHED

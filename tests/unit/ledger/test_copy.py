@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import gc
+import mmap
 import os
 import random
 import subprocess
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from unit.ledger.histories import MODEL, SHAPE, Device, assert_holds, body_of, read
 
 from fedcore.ledger import layout
-from fedcore.ledger.copy import PartialCopy
+from fedcore.ledger.copy import FileCopy, PartialCopy, copy_in_memory
 from fedcore.ledger.files import Held, NoSpace, create_file, ledger_files, open_file
 from fedcore.ledger.layout import Damaged, Epoch
 from fedcore.ledger.ledger import Ledger, Partial
@@ -53,8 +58,8 @@ def here(tmp_path: Path) -> Path:
     return tmp_path / "here"
 
 
-def begun(directory: Path, partial: Partial, durable: bool = False) -> PartialCopy:
-    return PartialCopy(directory, partial.head, partial.start, len(partial.content), durable)
+def begun(directory: Path, partial: Partial, durable: bool = False) -> FileCopy:
+    return FileCopy(directory, partial.head, partial.start, len(partial.content), durable)
 
 
 def fill(copy: PartialCopy, content: bytes | memoryview, step: int = 1000) -> None:
@@ -205,7 +210,7 @@ class TestUnfinished:
 class TestDamage:
     def outcome(self, here: Path, head: bytes, start: int, content: bytes) -> Partial:
         """Copy what a peer sent, whatever that is."""
-        copy = PartialCopy(here, head, start, len(content), False)
+        copy = FileCopy(here, head, start, len(content), False)
         try:
             copy.fill(0, content)
             return copy.finish(MODEL, EPOCH)
@@ -287,3 +292,57 @@ def test_where_there_is_no_room_nothing_is_left(here: Path, theirs: Partial) -> 
         with pytest.raises(NoSpace, match=f"needs {layout.PAGE + SHAPE.accumulator_size} bytes at {here}"):
             begun(here, theirs)
         assert list(here.iterdir()) == []
+
+
+class TestInMemory:
+    """As copies in files; what is damaged is judged by the same code."""
+
+    def begun(self, partial: Partial) -> PartialCopy:
+        return copy_in_memory(partial.head, partial.start, len(partial.content))
+
+    @pytest.mark.parametrize("generations", [0, 1, 2])
+    @pytest.mark.parametrize("count", [0, 1, 3])
+    def test_are_the_same_sum(self, tmp_path: Path, count: int, generations: int) -> None:
+        devices = dict(list(DEVICES.items())[:count])
+        original = partial_of(tmp_path, devices, generations)
+        copy = self.begun(original)
+        fill(copy, original.content)
+        copied = copy.finish(MODEL, EPOCH)
+        assert alike(copied, original)
+        assert_holds(copied, devices)
+
+    def test_give_their_memory_back_with_the_last_look(self, theirs: Partial) -> None:
+        copy = self.begun(theirs)
+        fill(copy, theirs.content)
+        copied = copy.finish(MODEL, EPOCH)
+        memory = weakref.ref(copied.content.obj)
+        del copy
+        gc.collect()
+        assert alike(copied, theirs)
+        assert isinstance(memory(), mmap.mmap)
+        del copied
+        gc.collect()
+        assert memory() is None
+
+    def test_are_nothing_before_every_piece_is_there(self, theirs: Partial) -> None:
+        copy = self.begun(theirs)
+        copy.fill(0, theirs.content[: SHAPE.sums_at])
+        with pytest.raises(Damaged, match="sums"):
+            copy.finish(MODEL, EPOCH)
+
+    @pytest.mark.parametrize("change", [lambda p: (p.head + b"\0", p.start), lambda p: (p.head, p.start + 1)])
+    def test_are_not_begun_where_the_head_says_something_else(
+        self, theirs: Partial, change: Callable[[Partial], tuple[bytes, int]]
+    ) -> None:
+        with pytest.raises(Damaged, match="not where its head says"):
+            copy_in_memory(*change(theirs), len(theirs.content))
+
+    def test_that_no_memory_can_hold_are_told(self, theirs: Partial) -> None:
+        huge = replace(SHAPE, floats=1 << 50, slots=0)
+        head = layout.partial_head(huge, theirs.ledger_id, 1)
+        with pytest.raises(
+            NoSpace, match=f"needs {huge.accumulator_size} bytes of memory: .*more memory"
+        ) as told:
+            copy_in_memory(head, huge.accumulator_at(1), huge.accumulator_size)
+        assert isinstance(told.value.__cause__, OSError)
+        assert told.value.__cause__.errno == errno.ENOMEM

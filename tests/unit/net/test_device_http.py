@@ -804,6 +804,31 @@ def test_stopping_site_ends_a_connection_that_is_being_answered(rig: Rig) -> Non
     assert peer.told_end
 
 
+def test_stopping_site_waits_for_requests_alone(rig: Rig) -> None:
+    """Not for idle peers, of which those with TLS have not agreed to the end, nor for one that was answered."""
+    rig.connect()
+    rig.connect().send(post())
+    half = rig.connect().send(post()[:20])
+    rig.site.stop()
+    for peer in rig.peers:
+        peer.pump()
+    assert rig.site.under_way
+    half.send(post()[20:])
+    assert half.statuses == [200]
+    assert not rig.site.under_way
+
+
+def test_stopping_site_waits_until_an_answer_has_left(rig: Rig) -> None:
+    rig.route.answer = lambda body: bytes(1 << 20)
+    peer = rig.connect()
+    peer.wire.window = 1000
+    peer.send(post())
+    rig.site.stop()
+    assert rig.site.under_way
+    peer.read(1 << 22)
+    assert not rig.site.under_way
+
+
 def test_deadlines_hold_until_the_last_connection_is_gone(slow: Rig) -> None:
     peer = slow.connect().send(post()[:-1])
     slow.site.doStop()

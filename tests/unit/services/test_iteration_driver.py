@@ -16,6 +16,7 @@ from twisted.logger import globalLogPublisher
 
 from fedcore.core.iteration import Iteration
 from fedcore.services.answers import Answer
+from fedcore.store.keys import DOUBT_S
 
 
 @pytest.fixture
@@ -113,11 +114,15 @@ class TestHeldRequests:
 
 
 class TestAnInstanceThatRedisLost:
-    """A new instance was begun, and a fail-over lost that it was: the old one goes on."""
+    """A new instance was begun, and a fail-over lost that it was: the old one goes on.
+
+    The server has watched for long enough to know that there is no other.
+    """
 
     @pytest.mark.parametrize("moves", range(0, 24, 2))
     def test_nothing_is_lost(self, jobs: Callable[..., Job], moves: int) -> None:
         job = jobs()
+        job.pass_time(DOUBT_S + 1.0)
         server = only(job)
         one_update(job, *CLIENTS[:3])
         before = job.store.copy()
@@ -142,6 +147,7 @@ class TestAnInstanceThatRedisLost:
         self, jobs: Callable[..., Job], moves: int
     ) -> None:
         job = jobs()
+        job.pass_time(DOUBT_S + 1.0)
         server = only(job)
         before = job.store.copy()
         one_update(job, *CLIENTS[:3])

@@ -16,7 +16,7 @@ from twisted.python.failure import Failure
 from fedcore.core.admission import Acceptance
 from fedcore.core.client_key import client_key
 from fedcore.errors import StoreUnavailable
-from fedcore.ledger.copy import PartialCopy
+from fedcore.ledger.copy import FileCopy
 from fedcore.ledger.files import MappedFile, create_file, ledger_files, open_file
 from fedcore.ledger.layout import Damaged, Epoch, Shape
 from fedcore.ledger.ledger import Ledger, Partial, Update
@@ -420,14 +420,12 @@ class TestHandOver:
         giver.ledger.merge()
         return giver
 
-    def read(self, ledgers: Ledgers, partial: Partial) -> PartialCopy:
+    def read(self, ledgers: Ledgers, partial: Partial) -> FileCopy:
         copy = ledgers.copy(partial.head, partial.start, len(partial.content))
         copy.fill(0, partial.content)
         return copy
 
-    def keep(
-        self, ledgers: Ledgers, copy: PartialCopy, shared: Shared, epoch: Epoch = EPOCH
-    ) -> Partial | None:
+    def keep(self, ledgers: Ledgers, copy: FileCopy, shared: Shared, epoch: Epoch = EPOCH) -> Partial | None:
         return result_of(ledgers.keep(copy, epoch, shared, GIVER, "me"))  # type: ignore[arg-type,no-any-return]
 
     def test_is_kept_as_an_adopted_one_is(self, tmp_path: Path, shared: Shared, ledgers: Ledgers) -> None:
@@ -492,8 +490,9 @@ class TestHandOver:
             Shape.of(Layout((Weight("x", (4,)),)), "job", 8, 4, 4096),
         ):
             elsewhere = Ledgers(tmp_path, MODEL, shape, False, Reactor())
-            with pytest.raises(Damaged, match="another job or model"):
-                elsewhere.copy(partial.head, partial.start, len(partial.content))
+            for copy in (elsewhere.copy, elsewhere.copy_in_memory):
+                with pytest.raises(Damaged, match="another job or model"):
+                    copy(partial.head, partial.start, len(partial.content))
         assert ledger_files(tmp_path) == []
 
     def test_who_gave_it_away_lets_go(self, tmp_path: Path, shared: Shared, ledgers: Ledgers) -> None:

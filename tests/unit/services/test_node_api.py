@@ -267,12 +267,11 @@ class TestLedgers:
         pair.until_sealed()
         (offer,) = pair.outcome(pair.peers.seal(pair.b.node_id, "i_001", 2, 1))
         assert (offer.ledger, offer.updates) == (own(pair.b), 1)
-        copy = pair.a.ledgers.copy(offer.head_bytes(), offer.start, offer.length)
+        copy = pair.a.ledgers.copy_in_memory(offer.head_bytes(), offer.start, offer.length)
         pair.outcome(pair.peers.copy_partial(pair.b.node_id, offer, "i_001", 2, 1, copy))
         epoch = replace(pair.a.driver.epoch(), iteration=2)
         partial = copy.finish(pair.a.publication.held(epoch.base).layout, epoch)  # type: ignore[union-attr]
         assert partial.totals.count == 1 and partial.sums[CLIENTS.index("c1")] == 2.0
-        copy.file.remove()
 
     @pytest.mark.parametrize(
         ("offset", "length", "good"),
@@ -472,10 +471,9 @@ class TestPeers:
         pair.until_sealed()
         (offer,) = pair.outcome(pair.peers.seal(pair.b.node_id, "i_001", 2, 1))
         monkeypatch.setattr("fedcore.services.node_api._part", lambda content, offset, length: content[:5])
-        copy: PartialCopy = pair.a.ledgers.copy(offer.head_bytes(), offer.start, offer.length)
+        copy: PartialCopy = pair.a.ledgers.copy_in_memory(offer.head_bytes(), offer.start, offer.length)
         with pytest.raises(PeerError, match=f"sent 5 bytes instead of {offer.length}"):
             pair.outcome(pair.peers.copy_partial(pair.b.node_id, offer, "i_001", 2, 1, copy))
-        copy.file.remove()
 
     def test_an_offer_says_what_a_sum_is(self, pair: Pair) -> None:
         pair.until_sealed()

@@ -17,12 +17,20 @@ from twisted.logger import globalLogPublisher
 
 from fedcore.core.iteration import Iteration, Phase
 from fedcore.ledger.layout import Epoch
-from fedcore.services.recovery import DOUBT_S, JUMP_S, Memory, Moment, Recovery, bring_back, placed
+from fedcore.services.recovery import ANYBODY, DOUBT_S, JUMP_S, Memory, Moment, Recovery, bring_back, placed
 from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Raised, Snapshot
 
 ME = "10.0.0.1:6000::2026-01-01-00:00:00.000.000::10001"
 KNOWN = Snapshot(
-    Iteration(5, 2, Phase.COLLECTING, base="b5", lost=3), 4.0, 3.0, None, 7, 0, False, "why the fourth failed"
+    Iteration(5, 2, Phase.COLLECTING, base="b5", lost=3),
+    4.0,
+    3.0,
+    None,
+    7,
+    0,
+    False,
+    "why the fourth failed",
+    typical=1.5,
 )
 META = ClientMeta(9, 8, 7)
 
@@ -103,6 +111,7 @@ def test_an_empty_redis_hears_the_whole_state(store: RecordedStore) -> None:
     assert (status.number, status.attempt, status.phase, status.base) == (5, 2, Phase.COLLECTING, "b5")
     assert (status.started, status.first_upload, status.sealed) == (96_000, 97_000, None)
     assert (status.fence, status.lost, status.success, status.result) == (7, 3, False, KNOWN.result)
+    assert status.typical == 1_500
     assert warnings[0]["iteration"] == 5
 
 
@@ -314,6 +323,14 @@ class TestClocks:
         )
         assert (after.started, after.first_upload, memory.sealed_at) == (101.5, None, None)
 
+    def test_how_long_iterations_take_outlives_a_redis_that_does_not_know(self) -> None:
+        memory = Memory(task.Clock())
+        look = Snapshot(Iteration(5), None, None, None, 0, 0, True, "", typical=1.5)
+        memory.localise(look)
+        memory.begin_instance()
+        memory.localise(replace(look, typical=None))
+        assert memory.known(Iteration(5)).typical == memory.typical == 1.5
+
     def test_one_that_is_gone_is_not_waited_for_anew_after_each_loss(self) -> None:
         clock = task.Clock()
         memory = Memory(clock)
@@ -342,7 +359,33 @@ class TestClocks:
         clock.advance(60)  # paused, and then Redis is empty
         memory.saw([])
         memory.begin_doubt([])
-        assert memory.in_doubt([]) == ["a", "b"]
+        assert memory.in_doubt([]) == [ANYBODY, "a", "b"], "nor whom else they have got company of"
+
+    def test_a_new_server_waits_for_those_that_it_never_saw(self) -> None:
+        """Redis may have been emptied just before it looked, and is emptied again."""
+        clock = task.Clock()
+        memory = Memory(clock)
+        memory.begin_instance()
+        for _ in range(int(DOUBT_S) // 2):
+            clock.advance(1)
+            memory.saw([])
+        clock.advance(60)  # cut off
+        memory.begin_doubt([])
+        assert memory.in_doubt([]) == [ANYBODY]
+        clock.advance(DOUBT_S / 2 + 2)
+        assert memory.in_doubt([]) == []
+
+    def test_who_has_watched_the_list_knows_that_there_is_nobody_else(self) -> None:
+        clock = task.Clock()
+        memory = Memory(clock)
+        memory.begin_instance()
+        for _ in range(int(DOUBT_S) + 2):
+            clock.advance(1)
+            memory.saw([])
+        memory.begin_doubt([])
+        memory.saw([])
+        memory.begin_doubt([])
+        assert memory.in_doubt([]) == []
 
     def test_the_doubt_is_over_after_a_while(self) -> None:
         clock = task.Clock()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,12 @@ from fedcore.config import AggregationType, Settings
 from fedcore.core.client_key import client_key
 from fedcore.core.iteration import Iteration
 from fedcore.errors import ConfigError
-from fedcore.ledger.copy import PartialCopy
+from fedcore.ledger.copy import PartialCopy, copy_in_memory
+from fedcore.ledger.files import NoSpace
 from fedcore.ledger.layout import Epoch, Shape
 from fedcore.ledger.ledger import Ledger, Partial, Update
 from fedcore.services.peers import offer_of
+from fedcore.services.recovery import ANYBODY
 from fedcore.services.reduction import Reduced, Reduction
 from fedcore.store.keys import InstanceKeys
 from fedcore.wire.arrays import Layout, Weight
@@ -69,12 +72,13 @@ class World:
     partials, sums and images are real.
     """
 
-    directory: Path
     layout: Layout
     partials: list[Partial]
     held: dict[str, list[str]]  # ledger id -> clients
     keys: InstanceKeys = field(default_factory=lambda: InstanceKeys("job", "i"))
     copied: int = 0
+    copies: list[weakref.ref[PartialCopy]] = field(default_factory=list)
+    short: bool = False  # of memory
     adopted: dict[str, Partial] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,8 +101,18 @@ class World:
     async def ledgers(self) -> dict[str, str]:
         return {self.distant.ledger_id: OTHER}
 
-    def copy(self, head: bytes, start: int, length: int) -> PartialCopy:
-        return PartialCopy(self.directory, head, start, length, False)
+    def copy_in_memory(self, head: bytes, start: int, length: int) -> PartialCopy:
+        if self.short:
+            raise NoSpace("no memory", hint="more of it")
+        copy = copy_in_memory(head, start, length)
+        self.copies.append(weakref.ref(copy))
+        return copy
+
+    @property
+    def copies_left(self) -> int:
+        """How many copies of the peer's partial still take memory."""
+        gc.collect()
+        return sum(copy() is not None for copy in self.copies)
 
     async def copy_partial(
         self, peer: str, offer: PartialOffer, instance: str, iteration: int, attempt: int, copy: PartialCopy
@@ -113,7 +127,7 @@ def update(number: int, names: list[str], layout: Layout) -> Update:
     return Update(f"client-{number}", values, 3 + number, 0, 0.5, 0.25)
 
 
-def world(directory: Path, layout: Layout) -> tuple[World, list[Update]]:
+def world(layout: Layout) -> tuple[World, list[Update]]:
     """Six updates in three ledgers; one leaves weights out, and nobody sends ``b`` but the last."""
     everything = [weight.name for weight in layout if "b" not in weight.name.split(".")]
     updates = [update(number, everything, layout) for number in range(5)]
@@ -132,7 +146,7 @@ def world(directory: Path, layout: Layout) -> tuple[World, list[Update]]:
         ledger.merge()
         partials.append(ledger.seal())
         held[ledger.id] = [each.fl_id for each in mine]
-    return World(directory, layout, partials, held), updates
+    return World(layout, partials, held), updates
 
 
 def reduction_of(there: World, arithmetic: Arithmetic = NUMPY, rule: str = "FedAvg") -> Reduction:
@@ -156,9 +170,10 @@ def before(layout: Layout) -> ModelImage:
     return ImageTemplate(layout).image({w.name: np.full(w.size, 2.0, np.float32) for w in layout})
 
 
-def reduce(reduction: Reduction, there: World) -> Any:
+def reduce(reduction: Reduction, there: World, in_doubt: list[str] | None = None) -> Any:
     cluster: Any = there
-    return result_of(reduction.reduce(cluster, NOW, EPOCH, before(there.layout), 6, lambda: []))
+    others = in_doubt or []
+    return result_of(reduction.reduce(cluster, NOW, EPOCH, before(there.layout), 6, lambda: others))
 
 
 def result_of(work: Coroutine[Any, Any, Any]) -> Any:
@@ -171,17 +186,17 @@ def result_of(work: Coroutine[Any, Any, Any]) -> Any:
 
 @pytest.mark.parametrize("rule", ["FedAvg", "FedProx", "Scaffold", "FedNova"])
 @pytest.mark.parametrize("device", ["numpy", "cpu"])
-def test_a_model_of_three_ledgers(rule: str, device: str, tmp_path: Path) -> None:
+def test_a_model_of_three_ledgers(rule: str, device: str) -> None:
     """Each rule's formula in one line, over the updates as they were sent."""
     if device != "numpy":
         pytest.importorskip("torch")
     layout = Layout((*PLAIN, *(CONTROLS if rule == "Scaffold" else ())))
-    there, updates = world(tmp_path, layout)
+    there, updates = world(layout)
     arithmetic = NUMPY if device == "numpy" else TorchArithmetic(device)
     reduced = reduce(reduction_of(there, arithmetic, rule), there)
     assert isinstance(reduced, Reduced)
     assert (reduced.totals.count, there.copied) == (6, 1)
-    assert list(tmp_path.iterdir()) == []  # the copy of the peer's partial is gone
+    assert there.copies_left == 0
     for weight in layout:
         sent = [u for u in updates if weight.name in u.weights]
         total = np.sum([u.weights[weight.name].astype(np.float64) for u in sent], axis=0)
@@ -241,9 +256,9 @@ def operations(there: World) -> int:
     return counting.asked
 
 
-def test_an_accelerator_without_memory_at_any_moment(tmp_path: Path) -> None:
+def test_an_accelerator_without_memory_at_any_moment() -> None:
     """The CPU goes on with what was added: nothing is read twice, and the model is the same to the bit."""
-    there, _ = world(tmp_path, SCAFFOLD)
+    there, _ = world(SCAFFOLD)
     steps = operations(there)
     assert steps > 8
     expected = reduce(reduction_of(there, NUMPY, "Scaffold"), there).image.digest
@@ -259,12 +274,12 @@ def test_an_accelerator_without_memory_at_any_moment(tmp_path: Path) -> None:
         assert failing.asked == asked  # it is given up for good
         told = [event for event in logged if event["log_level"].name == "warn"]
         assert [str(event["error"]) for event in told] == ["CUDA out of memory"]
-        assert list(tmp_path.iterdir()) == []
+        assert there.copies_left == 0
 
 
-def test_an_accelerator_that_loses_what_was_added(tmp_path: Path) -> None:
+def test_an_accelerator_that_loses_what_was_added() -> None:
     """The sum begins anew, on the CPU; the first try says to try again."""
-    there, _ = world(tmp_path, SCAFFOLD)
+    there, _ = world(SCAFFOLD)
     expected = reduce(reduction_of(there, NUMPY, "Scaffold"), there).image.digest
     for works in range(operations(there)):
         reduction = reduction_of(there, Failing(works, broken=True), "Scaffold")
@@ -273,19 +288,41 @@ def test_an_accelerator_that_loses_what_was_added(tmp_path: Path) -> None:
         told = [event for event in logged if event["log_level"].name == "warn"]
         assert [str(event["error"]) for event in told] == ["CUDA out of memory"]  # and no peer is blamed
         assert reduction.had == frozenset()
-        assert list(tmp_path.iterdir()) == []
+        assert there.copies_left == 0
         assert reduce(reduction, there).image.digest == expected
 
 
+def test_a_partial_that_finds_no_memory_is_told_once_in_an_attempt_and_tried_again() -> None:
+    there, _ = world(Layout(PLAIN))
+    expected = reduce(reduction_of(there), there).image.digest
+    reduction = reduction_of(there)
+    there.short = True
+    for attempt in (1, 2):
+        with capturedLogs() as logged:
+            assert [reduce(reduction, there) for _ in range(3)] == [None] * 3, attempt
+        assert [(event["peer"], event["error"]) for event in logged] == [(OTHER, "no memory (more of it)")]
+        reduction.forget()
+    there.short = False
+    assert reduce(reduction, there).image.digest == expected
+
+
+def test_servers_that_were_never_seen_are_not_asked_and_waited_for() -> None:
+    there, _ = world(Layout(PLAIN))
+    reduction = reduction_of(there)
+    assert reduce(reduction, there, [ANYBODY, OTHER]) is None
+    assert there.copied == 0
+    assert isinstance(reduce(reduction, there, [OTHER]), Reduced)
+
+
 class TestTerms:
-    def test_a_rule_that_keeps_what_the_model_lacks_ends_the_start(self, tmp_path: Path) -> None:
-        there, _ = world(tmp_path, Layout(PLAIN))
+    def test_a_rule_that_keeps_what_the_model_lacks_ends_the_start(self) -> None:
+        there, _ = world(Layout(PLAIN))
         fault = "aggregates by Scaffold, and this server's model has no 'control.a'.*on all servers"
         with pytest.raises(ConfigError, match=fault):
             reduction_of(there, NUMPY, "Scaffold")
 
-    def test_in_force_are_the_last_ones(self, tmp_path: Path) -> None:
-        there, _ = world(tmp_path, Layout(PLAIN))
+    def test_in_force_are_the_last_ones(self) -> None:
+        there, _ = world(Layout(PLAIN))
         reduction = reduction_of(there)
         mean = reduce(reduction, there).image.digest
         reduction.follow_terms(terms("FedNova"))

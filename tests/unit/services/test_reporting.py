@@ -252,11 +252,11 @@ class TestCourse:
         assert course.filled == 2.0
         course.changed(Iteration(1, selected=4, uploaded=3, started=1.0), Iteration(2), 4, 7.0)
         assert (course.filled, course.updates_before, course.seconds_until(8.0)) == (None, 3, 7.0)
-        assert (course.end(True, 8.0), course.typical) == (3.0, 6.0)
-        assert course.end(True, 8.0) is None, "told once"
+        assert course.end(8.0) == 3.0
+        assert course.end(8.0) is None, "told once"
 
     def test_of_one_that_made_none(self) -> None:
         course = Course()
         course.changed(Iteration(1), Iteration(2), 4, 7.0)
         assert course.seconds_until(8.0) is None
-        assert (course.end(False, 8.0), course.typical) == (None, None)
+        assert course.end(8.0) is None

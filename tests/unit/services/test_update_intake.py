@@ -32,6 +32,7 @@ from fedcore.store.cluster_state import (
     IterationMoved,
     LeaseLapsed,
     LedgerRevoked,
+    OthersAwaited,
     StateMissing,
 )
 from fedcore.store.redis import Redis
@@ -59,6 +60,7 @@ class Question:
     """One call of accept_upload that waits for its answer."""
 
     asked: tuple[Any, ...]
+    again: bool = False
     vector: bytes = b""
     kept: int = 0
     reply: defer.Deferred[tuple[Acceptance, int, ClientMeta | None]] = field(default_factory=defer.Deferred)
@@ -95,12 +97,12 @@ class SharedState:
         ledger_id: str,
         node_id: str,
         fit: bool,
+        again: bool = False,
         vector: bytes = b"",
         kept: int = 0,
     ) -> tuple[Acceptance, int, ClientMeta | None]:
-        question = Question(
-            (number, attempt, requested, fl_id, quorum, ledger_id, node_id, fit), vector, kept
-        )
+        asked = (number, attempt, requested, fl_id, quorum, ledger_id, node_id, fit)
+        question = Question(asked, again, vector, kept)
         self.questions.append(question)
         return await question.reply
 
@@ -372,6 +374,40 @@ class TestAccept:
         world.shared.questions[-1].answer(ACCEPTED)
         assert result_of(uploaded) == (ACCEPTED, 1)
         assert sums_of(result_of(world.seal())) == [3.0] * 4
+
+    def test_a_question_says_whether_its_first_answer_was_lost(self, world: World) -> None:
+        world.upload("a")
+        world.shared.questions[0].fail(LeaseLapsed("an answer as well"))
+        world.reactor.advance(RETRY_S)
+        world.shared.questions[1].lose()
+        world.reactor.advance(RETRY_S)
+        world.shared.questions[2].lose()
+        world.reactor.advance(RETRY_S)
+        assert [question.again for question in world.shared.questions] == [False, False, True, True]
+
+    def test_one_that_came_after_the_seal_does_not(self, world: World) -> None:
+        """Nobody waits for it: should Redis count it now, the sum would lack it."""
+        result_of(world.seal())
+        world.upload("a")
+        world.shared.questions[0].lose()
+        world.reactor.advance(RETRY_S)
+        assert [question.again for question in world.shared.questions] == [False, False]
+
+    def test_only_what_may_count_already_stays_open_while_others_are_awaited(self, world: World) -> None:
+        first, second = world.upload("a"), world.upload("b")
+        world.shared.questions[0].lose()
+        world.shared.questions[1].fail(OthersAwaited("not yet"))
+        with pytest.raises(OthersAwaited):
+            result_of(second)
+        sealed = world.seal()
+        for _ in range(2):
+            world.reactor.advance(RETRY_S)
+            world.shared.questions[-1].fail(OthersAwaited("not yet"))
+        assert not first.called and not sealed.called
+        world.reactor.advance(RETRY_S)
+        world.shared.questions[-1].answer(ACCEPTED)
+        assert result_of(first) == (ACCEPTED, 1)
+        assert result_of(sealed).totals.count == 1
 
     def test_errors_of_redis_are_not_answered_with_a_storm(self, world: World) -> None:
         world.upload("a")

@@ -4,13 +4,16 @@
 --       brings an evaluation vector, zset and hash of these vectors
 -- ARGV: the server's iteration, its attempt, the request's iteration, client, quorum, ledger id,
 --       1 if the weights may count, lifetime in seconds, node id of the server, the server's instance, milliseconds to
---       wait for others; and, with a vector, the vector, how many clients' vectors are kept, their lifetime in seconds
+--       wait for others, 1 if this question was asked before and its answer lost; and, with a vector, the vector, how
+--       many clients' vectors are kept, their lifetime in seconds
 -- Returns {word, number, text}: "missing" (or the job has another instance); "closed" (another iteration or attempt: number is the current iteration);
 -- "revoked" (the ledger is not the server's), "lapsed" (the server's lease has run out); "awaited" (another server may
 -- hold this client's update already, and has not brought it back yet);
 -- "repeated" (text is the ledger that holds it), "full", "unknown", "other", "unfit", or "accepted" (number is the
 -- count, text the client's meta). A repeat by the same ledger is accepted again, even in a later attempt or while the job
 -- is disabled: its owner knows whether it has kept the update, or lost the first reply.
+-- A sealed iteration has its quorum: one below it has lost some that count. An update that was asked about before may be
+-- of them, and another server may have told its client that it counts: it is taken back, as long as no model is made.
 -- A vector is kept in the same step as its update is counted, so a repeat keeps nothing twice. It takes the place of its
 -- client's one before; the oldest are dropped beyond the number that is kept.
 local name = redis.call('GET', KEYS[7])
@@ -34,21 +37,23 @@ if #awaited > 0 then
     if since ~= 'back' and now - since < tonumber(ARGV[11]) then return {'awaited', 0, ''} end
   end
 end
-if count >= tonumber(ARGV[5]) or (phase or 'collecting') ~= 'collecting' then return {'full', count, ''} end
+local open = (phase or 'collecting') == 'collecting'
+local forgotten = ARGV[12] == '1' and (phase == 'sealed' or phase == 'reducing')
+if count >= tonumber(ARGV[5]) or not (open or forgotten) then return {'full', count, ''} end
 local meta = redis.call('HGET', KEYS[2], ARGV[4])
 if not meta then return {'unknown', count, ''} end
 if ARGV[3] ~= number then return {'other', tonumber(number), ''} end
 if ARGV[7] ~= '1' then return {'unfit', count, ''} end
 
-if ARGV[12] then
+if ARGV[13] then
   local time = redis.call('TIME')
   redis.call('ZADD', KEYS[9], time[1] * 1000000 + time[2], ARGV[4])
-  redis.call('HSET', KEYS[10], ARGV[4], ARGV[12])
-  for _ = tonumber(ARGV[13]) + 1, redis.call('ZCARD', KEYS[9]) do
+  redis.call('HSET', KEYS[10], ARGV[4], ARGV[13])
+  for _ = tonumber(ARGV[14]) + 1, redis.call('ZCARD', KEYS[9]) do
     redis.call('HDEL', KEYS[10], redis.call('ZPOPMIN', KEYS[9])[1])
   end
-  redis.call('EXPIRE', KEYS[9], ARGV[14])
-  redis.call('EXPIRE', KEYS[10], ARGV[14])
+  redis.call('EXPIRE', KEYS[9], ARGV[15])
+  redis.call('EXPIRE', KEYS[10], ARGV[15])
 end
 redis.call('HSET', KEYS[3], ARGV[4], ARGV[6])
 if count == 0 then

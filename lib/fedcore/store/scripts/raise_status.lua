@@ -27,7 +27,7 @@ for i = 1, 3 do
   if i == 3 then return 'kept' end
 end
 redis.call('HDEL', KEYS[2], 'token', 'aggregate', 'digest', 'updates', 'loss', 'accuracy', 'startedMs',
-  'firstUploadMs', 'sealedMs', 'lost', 'disabled')
+  'firstUploadMs', 'sealedMs', 'filledMs', 'lost', 'disabled')
 redis.call('HSET', KEYS[2], 'iterationNum', ARGV[6], 'attempt', ARGV[7], 'phase', ARGV[8], 'epoch', ARGV[2],
   'fence', math.max(fence, higher), unpack(ARGV, 13))
 local time = redis.call('TIME')

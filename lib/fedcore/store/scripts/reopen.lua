@@ -32,6 +32,7 @@ if sealed then
   if started then redis.call('HSET', KEYS[1], 'startedMs', started + stood) end
   if first then redis.call('HSET', KEYS[1], 'firstUploadMs', first + stood) end
 end
+if lost > 0 then redis.call('HDEL', KEYS[1], 'filledMs') end  -- their places are to be taken anew
 redis.call('HINCRBY', KEYS[1], 'lost', lost)
 redis.call('HSET', KEYS[1], 'attempt', ARGV[3] + 1, 'phase', 'collecting')
 redis.call('HDEL', KEYS[1], 'token', 'aggregate', 'digest', 'updates', 'loss', 'accuracy', 'sealedMs')

@@ -7,8 +7,9 @@
 -- Returns {word, number}: "missing" (or the job has another instance); "closed" (not collecting, or another iteration: number is the current one);
 -- "known" (a repeat), "other key" (it holds a place with another key, see ClientMeta), "uploaded", "full", "reserved"
 -- (full, and this client was refused before), "unfit", or "selected" (number is the count).
--- A client refused for want of a place waits in the zset under the time of its return. Others leave it its place
--- around that time.
+-- A client refused for want of a place waits in the zset under the time of its return, as one that reserve_place.lua has
+-- put there. Others leave it its place around that time. More may wait than there are places, as who comes too early for
+-- one is held until the next iteration; but not more than four iterations have places for.
 local name = redis.call('GET', KEYS[5])
 if name and name ~= ARGV[10] then return {'missing', 0} end
 local number, phase, state = unpack(redis.call('HMGET', KEYS[1], 'iterationNum', 'phase', 'runningState'))
@@ -31,7 +32,7 @@ local count, places = redis.call('HLEN', KEYS[2]), tonumber(ARGV[4])
 local mine = redis.call('ZSCORE', KEYS[4], ARGV[2])
 local expected = redis.call('ZCOUNT', KEYS[4], '-inf', now + ARGV[8])
 if count >= places or (not mine and count + expected >= places) then
-  if mine or redis.call('ZCARD', KEYS[4]) < places then
+  if mine or redis.call('ZCARD', KEYS[4]) < 4 * places then
     redis.call('ZADD', KEYS[4], now + ARGV[7], ARGV[2])
     local lifetime = ARGV[7] + ARGV[9]
     if redis.call('PTTL', KEYS[4]) < lifetime then redis.call('PEXPIRE', KEYS[4], lifetime) end
@@ -46,4 +47,5 @@ if count == 0 then
   redis.call('EXPIRE', KEYS[2], ARGV[6])
   redis.call('HSET', KEYS[1], 'startedMs', now)
 end
+if count + 1 >= places then redis.call('HSET', KEYS[1], 'filledMs', now) end
 return {'selected', count + 1}
