@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALL := @requirements/install.sh
 TESTERS ?= 3
 
-.PHONY: help demo test lab lab-full soak lint bench wheel ansible sample lock clean
+.PHONY: help demo test lab lab-full soak fuzz lint bench wheel ansible sample lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -35,6 +35,11 @@ soak: ## the crash and replay tests for longer:  make soak SECONDS=3600
 	@FEDCORE_SOAK=$(or $(SECONDS),300) $(BIN)/python -m pytest -s tests/integration/test_crashes.py $(ARGS)
 	@FEDCORE_SOAK=$(or $(SECONDS),300) $(BIN)/python -m pytest -s tests/integration/test_random_faults.py tests/model/test_iteration_model.py $(ARGS)
 	@FEDCORE_SOAK=10 $(BIN)/python -m pytest tests/unit/ledger tests/model/test_ledger_model.py -n $(TESTERS) $(ARGS)
+
+fuzz: ## ten million damaged inputs in process, 200,000 over sockets: ten minutes
+	$(INSTALL) dev.lock torch.txt
+	@PYTHONPATH=tests $(BIN)/python -W ignore -m fuzz --inputs $(or $(INPUTS),10000000) --processes 2 $(ARGS)
+	@PYTHONPATH=tests $(BIN)/python -m fuzz.sockets --inputs 200000
 
 lint: ## style, format, types, direction of imports, units, playbooks
 	$(INSTALL) dev.lock torch.txt ansible.lock

@@ -18,6 +18,7 @@ from lab.host import Host
 
 CONFIGURATION, USAGE, NO_START = 78, 2, 1
 WORKER = "fl-workerd.service"
+FOREIGN = "openssl req -x509 -newkey rsa:2048 -nodes -keyout /dev/null -subj /CN=other -out"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,13 @@ FAILURES = {
         "rm /etc/fl/credentials/redis-password", None, "Redis refuses us: AUTH was answered with WRONGPASS"
     ),
     "a foreign CA": Failure(
-        "openssl req -x509 -newkey rsa:2048 -nodes -keyout /dev/null -subj /CN=other -out /etc/fl/pki/ca.crt",
+        f"{FOREIGN} /etc/fl/pki/ca.crt",
+        CONFIGURATION,
+        "root CA cert subject cn is not equal with equip CA cert issuer cn.",
+    ),
+    "a foreign CA for Redis": Failure(
+        f"{FOREIGN} /etc/fl/pki/other.crt && chmod a+r /etc/fl/pki/other.crt"
+        " && sed -i 's#cacert_filename: .*#cacert_filename: /etc/fl/pki/other.crt#' /etc/fl/fl.yaml",
         None,
         "Redis refuses us: TLS failed",
     ),
