@@ -212,7 +212,26 @@ def fill_checkpoints(cluster: Cluster, host: str) -> None:
     cluster[host].sh(f"cat /dev/zero >{CHECKPOINTS}/filling", check=False)
 
 
-# ---- upgrades
+# ---- certificates and upgrades
+
+
+@pytest.mark.parametrize("renew", ["certificates", "passwords"])
+def test_certificates_are_renewed_under_load(
+    cluster: Cluster, devices: Devices, watch: Watch, renew: str
+) -> None:
+    before = processes(cluster)
+    with watch(f"rotate_certs.yml, new {renew} for all hosts") as seen:
+        cluster.play("rotate_certs.yml", endless_job(), "-e", f"renew={renew}")
+        go_on(cluster, devices)
+    seen.must_be_harmless()
+    again = {host for host, process in processes(cluster).items() if process != before[host]}
+    assert again == ({"scheduler", *SERVER_HOSTS} if renew == "passwords" else set())
+
+
+def processes(cluster: Cluster) -> dict[str, int]:
+    """Return the daemon's process of each host that has one."""
+    units = {"scheduler": "fl-schedulerd", **dict.fromkeys(SERVER_HOSTS, "fl-serverd@0")}
+    return {host: cluster.main_pid(host, unit) for host, unit in units.items()}
 
 
 def test_rolling_update_under_load(cluster: Cluster, devices: Devices, watch: Watch) -> None:
