@@ -8,7 +8,7 @@
 
 BIN := .venv/bin
 INSTALL := @requirements/install.sh
-TESTERS ?= 3
+TESTERS ?= 4
 
 .PHONY: help demo test lab lab-full soak fuzz lint bench wheel ansible sample lock clean
 
