@@ -343,8 +343,11 @@ class Ledger:
                 update = read(slot.body, *sizes)
             except (Damaged, PeerError) as error:
                 lost[fl_id] = str(error)
-            else:
-                self.accept(slot, update)
+                continue
+            if update.fl_id != fl_id:
+                lost[fl_id] = "the record of an update names another client than its body"
+                continue
+            self.accept(slot, update)
         return [reason for fl_id, reason in lost.items() if not self.holds(fl_id)]
 
     def holds(self, fl_id: str) -> bool:

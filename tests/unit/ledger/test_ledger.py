@@ -411,6 +411,17 @@ class TestSettle:
         heir, entries = Ledger.recover(Held(owner._storage.buffer), MODEL, EPOCH)  # type: ignore[arg-type]
         assert len(heir.settle(entries, {"x": (7, 3)}, read)) == 1
 
+    def test_a_body_of_another_client_than_its_record_is_lost(self) -> None:
+        """Damage that a checksum was made for again; the other client's update may be in the ledger already."""
+        owner = new_ledger()
+        accept(owner, Device("x", 1))
+        owner.record(received(owner, Device("x", 1)), "y", 0.0, 0.0)
+        heir, entries = Ledger.recover(Held(owner._storage.buffer), MODEL, EPOCH)  # type: ignore[arg-type]
+        (why,) = heir.settle(entries, {"y": (7, 3)}, read)
+        assert "another client" in why
+        merge_all(heir)
+        assert_holds(heir.seal(), {"x": Device("x", 1)})
+
     def test_the_wrong_epoch_is_not_taken_over(self) -> None:
         owner = new_ledger()
         for other in (
