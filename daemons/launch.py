@@ -44,6 +44,7 @@ from fldaemons.configuration import (
 
 EX_CONFIG = 78  # sysexits.h: the configuration is wrong; systemd shall not restart (RestartPreventExitStatus)
 ENDING = (signal.SIGTERM, signal.SIGINT)
+TURNS = 3  # of the reactor before a stop: what has arrived is accepted and read first, not reset
 EXTENSION_S = 15.0  # that a stop asks for, again and again
 # For all of a stop: 10 s for requests, 10 s to hand over, 2 s for other nodes, and Redis' answers.
 STOP_LIMIT_S = 90.0
@@ -387,6 +388,8 @@ def _stop(daemon: Daemon, notifier: Notifier, supervision: Supervision, reactor:
     )
     renewing.clock = reactor
     renewing.start(EXTENSION_S / 3)
+    for _ in range(TURNS):
+        yield task.deferLater(reactor, 0, lambda: None)
     for listener, port in zip(daemon.listeners, daemon._ports, strict=True):
         if not listener.stays:
             yield port.stopListening()
