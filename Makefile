@@ -8,7 +8,7 @@
 
 BIN := .venv/bin
 INSTALL := @requirements/install.sh
-TESTERS ?= 4
+TESTERS ?= 3
 
 .PHONY: help demo test lab lab-full soak fuzz lint bench wheel ansible sample lock clean
 
@@ -25,6 +25,8 @@ test: ## all tests
 	@$(BIN)/python -m pytest -n $(TESTERS) --dist loadgroup $(ARGS)
 
 lab: wheel ## a cluster on real systemd hosts of this machine: root only, 15 minutes
+	$(INSTALL) dev.lock ansible.lock
+	@FEDCORE_PLAYBOOKS=1 $(BIN)/python -m pytest -q tests/integration/test_playbook_pki.py
 	@tests/lab/run --minutes 30 -m "not full" $(ARGS)
 
 lab-full: wheel ## the same with every fault: an hour or two

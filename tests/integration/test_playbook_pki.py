@@ -22,6 +22,9 @@ FOUND = shutil.which("ansible-playbook", path=f"{Path(sys.executable).parent}:{o
 BIN = Path(FOUND).parent if FOUND else None
 
 pytestmark = [
+    pytest.mark.skipif(
+        "FEDCORE_PLAYBOOKS" not in os.environ, reason="a minute of Ansible: `make lab` runs it"
+    ),
     pytest.mark.skipif(BIN is None, reason="Ansible is not installed (requirements/ansible.lock)"),
     pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away, as the role does"),
 ]
