@@ -157,12 +157,7 @@ class Asked:
 
 
 class Journal:
-    """What the clients of a run did and saw; may be written from many threads.
-
-    Attributes:
-        lost_data_at: when Redis was emptied last, monotonic seconds; then servers wait for each other before they make
-            a model, and who waits for one must be patient anew.
-    """
+    """What the clients of a run did and saw; may be written from many threads."""
 
     def __init__(self) -> None:
         self.sent: set[tuple[int, int]] = set()  # (iteration, client) of every updateModel begun
@@ -173,7 +168,6 @@ class Journal:
         self.models: dict[str, Weights] = {}  # digest -> weights
         self.refused = 0
         self.repeated = 0  # requests that had to be sent again after a broken connection
-        self.lost_data_at = float("-inf")
         self._newest = self._serving = 0
         self._lock = threading.Lock()
 

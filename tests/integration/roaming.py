@@ -300,7 +300,7 @@ class RovingClient:
         """Get the model of the last place's iteration, or of another; return the iteration that is then served."""
         wanted = self.iteration if iteration is None else iteration
         request = RequestGetModel(fl_name="job", iteration=wanted, timestamp="1")
-        began = time.monotonic()
+        limit = time.monotonic() + self._patience
         while True:
             reply, answer = self._ask("getModel", request, ResponseGetModel, server)
             self._note(reply, answer.iteration, False)
@@ -308,7 +308,7 @@ class RovingClient:
                 self._take_model(reply, wanted, answer.iteration, answer.feature_map)
                 return answer.iteration
             assert answer.retcode == 201, (answer.retcode, answer.reason)
-            if time.monotonic() > max(began, self._journal.lost_data_at) + self._patience:
+            if time.monotonic() > limit:
                 raise NobodyAnswers(f"no model of iteration {wanted}: {answer.reason}")
             self._pause(POLL_S)
 

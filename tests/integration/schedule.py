@@ -222,7 +222,6 @@ def _begin(run: Run, action: Action, hosts: int) -> None:
             fleet.restart_redis()
         case Kind.REDIS_WIPE:
             fleet.wipe_redis()
-            run.journal.lost_data_at = time.monotonic()
         case Kind.REDIS_PAUSE:
             fleet.cluster.pause("redis")
         case kind:
