@@ -154,7 +154,7 @@ def status_of(host: Host, unit: str) -> str:
 
 @pytest.mark.full
 def test_full_mount_for_ledgers(cluster: Cluster, devices: Devices, watch: Watch) -> None:
-    """Training goes on; but who goes straight to the server without room is refused there, twice in a row too."""
+    """Known to fail in part: unmodified devices that go straight to the server without room are refused twice there."""
     filling, server = "/var/lib/fl/ledgers/filling", "fl-serverd@1.service"
     with watch("the ledgers' mount full while another server of the host starts, then room again") as seen:
         cluster["server2"].sh(f"cat /dev/zero >{filling}", check=False)
@@ -167,4 +167,4 @@ def test_full_mount_for_ledgers(cluster: Cluster, devices: Devices, watch: Watch
         wait_until(lambda: cluster.ready("server2", 1), 60, "the new server is ready")
         devices.wait_for_iterations(3, 60)
         cluster["server2"].run("systemctl", "stop", server, timeout=120)
-    seen.must_be_harmless(devices_may_end=True)
+    seen.must_be_harmless()
