@@ -11,6 +11,7 @@ import click
 from fedcore import __version__
 
 COMMANDS = {
+    "bench": ("fedctl.bench.command:bench", "Measure what a feature costs on this machine."),
     "certs": ("fedctl.certs.command:certs", "Make, check and revoke certificates."),
     "decode": ("fedctl.decode:decode", "Print a message of the device protocol."),
     "demo": ("fedctl.demo.command:demo", "Watch a federation learn to read handwriting."),
@@ -33,6 +34,7 @@ Examples:
   fl scale 3 --yaml-config fl.yaml               three servers on this host
   sudo fl scale 3                                the same on a deployed host, with systemd
   sudo fl doctor                                 is all well on a deployed host
+  fl bench secagg                                what masked updates cost on this machine
   fl certs ca pki                                a certificate authority, for HTTPS and TLS between nodes
   fl model init --output lenet.safetensors       a model for fl-serverd to begin with
 """
