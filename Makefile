@@ -56,7 +56,7 @@ bench: ## the measurements of docs/PERFORMANCE.md that need no second machine
 	$(INSTALL) dev.lock
 	@for file in bench/*.py; do $(BIN)/python $$file $(ARGS) || exit; done
 
-wheel: ## the package that playbooks install, in dist/
+wheel: ## the package that playbooks install, in dist/; for hosts of another kind of machine:  FEDCORE_PURE=1 make wheel
 	$(INSTALL) run.lock
 	@rm -rf build dist/fedcore-*.whl
 	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 1700000000) $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
@@ -76,3 +76,4 @@ clean: ## remove all that make has made
 	rm -rf .venv build dist demo-run lib/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 		.import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find lib -name '*.so' -delete

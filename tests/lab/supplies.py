@@ -180,5 +180,5 @@ def wheel(version: str | None = None) -> Path:
 
 def _source_files() -> list[Path]:
     found = [path for name in SOURCES for path in (TREE / name, *(TREE / name).rglob("*"))]
-    generated = re.compile(r"__pycache__|\.egg-info|\.pyc$")
+    generated = re.compile(r"__pycache__|\.egg-info|\.(pyc|so)$")
     return sorted(path for path in found if path.is_file() and not generated.search(str(path)))

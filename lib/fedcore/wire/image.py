@@ -3,13 +3,14 @@
 The weights of a model live in memory exactly once, as the tail of a FlatBuffer: the FeatureMap tables with their
 names and values, built once per layout. An answer is a small new head (return code, reason, plan, and the vector
 of offsets that selects the weights to show) in front of that tail; FlatBuffers offsets point forward, so a head of
-any length fits. The arrays of a model are read-only views into the tail.
+any length fits. The arrays of a model are read-only views into the tail. A packed image is the same for the
+CompressFeatureMap tables of a model in 8 bits.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 from fedcore.errors import ShapeMismatch
 from fedcore.wire.arrays import Floats, Layout, Weight
+from fedcore.wire.messages import CompressFeatureMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +55,56 @@ class ModelImage:
 
 @dataclass(frozen=True, eq=False)
 class ImageSelection:
-    """Some weights of an image, in the layout's order; stands for a ``feature_map`` when encoding."""
+    """Some weights of an image, in the layout's order.
 
-    image: ModelImage
+    Stands for a ``feature_map``, or if the image is packed for a ``compress_feature_map``, when encoding.
+    """
+
+    image: ModelImage | PackedImage
     positions: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedImage:
+    """An immutable model in 8 bits per value, in wire form.
+
+    Attributes:
+        layout: names, shapes and flags.
+        tail: the encoded CompressFeatureMap tables.
+        tables: name -> position of its table in the tail.
+    """
+
+    layout: Layout
+    tail: bytes
+    tables: Mapping[str, int]
+
+    @classmethod
+    def of(cls, layout: Layout, items: Iterable[CompressFeatureMap]) -> PackedImage:
+        """Write the tables of a model's weights.
+
+        Args:
+            layout: the model's.
+            items: one of each weight, in any order.
+        """
+        builder = flatbuffers.Builder(layout.total_floats + 128 * len(layout))
+        tables: dict[str, int] = {}
+        for item in items:
+            assert item.weight_fullname is not None
+            name = builder.CreateString(item.weight_fullname)
+            data = builder.CreateNumpyVector(item.compress_data)
+            builder.StartObject(4)
+            builder.PrependUOffsetTRelativeSlot(0, name, 0)
+            builder.PrependUOffsetTRelativeSlot(1, data, 0)
+            builder.PrependFloat32Slot(2, item.min_val, 0.0)
+            builder.PrependFloat32Slot(3, item.max_val, 0.0)
+            tables[item.weight_fullname] = builder.EndObject()
+        builder.Prep(8, 0)
+        tail = bytes(builder.Bytes[builder.Head() :])
+        return cls(layout, tail, {name: len(tail) - offset for name, offset in tables.items()})
+
+    def select(self, shown: Callable[[Weight], bool] = lambda weight: True) -> ImageSelection:
+        """Choose the weights that an answer shows."""
+        return ImageSelection(self, tuple(self.tables[w.name] for w in self.layout if shown(w)))
 
 
 class ImageTemplate:

@@ -12,8 +12,15 @@ from unit.wire.samples import arrays_in, full, plain
 from fedcore.errors import ShapeMismatch
 from fedcore.wire.arrays import Layout, Weight
 from fedcore.wire.codec import decode, encode, encode_parts
-from fedcore.wire.image import ImageTemplate, ModelImage
-from fedcore.wire.messages import FeatureMap, FLPlan, ResponseFLJob, ResponseGetModel, ResponsePullWeight
+from fedcore.wire.image import ImageTemplate, ModelImage, PackedImage
+from fedcore.wire.messages import (
+    CompressFeatureMap,
+    FeatureMap,
+    FLPlan,
+    ResponseFLJob,
+    ResponseGetModel,
+    ResponsePullWeight,
+)
 
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 models = st.dictionaries(st.text(max_size=8), shapes, max_size=6)
@@ -303,3 +310,34 @@ class TestRestore:
     def test_another_digest_is_refused(self, digest: str) -> None:
         with pytest.raises(ShapeMismatch, match="digest"):
             self.template().restore(image_of(SMALL).tail, digest)
+
+
+# ---- packed images
+
+
+@given(models, st.data(), st.none() | st.text(max_size=9))
+def test_any_subset_of_any_packed_model(
+    model: dict[str, tuple[int, ...]], data: st.DataObject, reason: str | None
+) -> None:
+    """The same for the tables of 8 bits, given in any order."""
+    names = data.draw(st.sets(st.sampled_from(sorted(model)))) if model else set()
+    layout = Layout(tuple(Weight(name, shape) for name, shape in model.items()))
+    edges = st.floats(width=32, allow_nan=False)
+    items = {
+        name: CompressFeatureMap(
+            name,
+            (np.arange(layout.by_name[name].size) % 256).astype(np.int8),
+            data.draw(edges),
+            data.draw(edges),
+        )
+        for name in data.draw(st.permutations(sorted(model)))
+    }
+    image = PackedImage.of(layout, items.values())
+    selection = image.select(lambda weight: weight.name in names)
+    reply = ResponseGetModel(200, reason, 7, (), "1", 2, selection)  # type: ignore[arg-type]
+    shown = tuple(items[weight.name] for weight in layout if weight.name in names)
+    expected = plain(ResponseGetModel(200, reason, 7, (), "1", 2, shown))
+    buffer = encode(reply)
+    assert plain(decode(ResponseGetModel, buffer)) == expected
+    assert plain(reference.read(ResponseGetModel, buffer)) == expected
+    assert encode_parts(reply)[-1] is image.tail

@@ -1,0 +1,3 @@
+from typing import Any
+
+def fill(marks: Any, kept: int, seed: int, /) -> None: ...
