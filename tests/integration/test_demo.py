@@ -178,6 +178,32 @@ def test_it_learns_and_tells(start: Start) -> None:
     assert list(demo.temporary.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "least"),
+    [
+        (("--compress",), 0.6),
+        (("--encrypt", "PW_ENCRYPT"), 0.6),
+        (("--encrypt", "DP_ENCRYPT", "--compress", "--epsilon", "500"), 0.0),
+        (("--encrypt", "SIGNDS", "--compress"), 0.0),
+    ],
+)
+def test_protected_and_packed_updates_make_models(
+    start: Start, arguments: tuple[str, ...], least: float
+) -> None:
+    """That each learns, and how much, takes more iterations: docs/PRIVACY.md."""
+    demo = start(*arguments, "--iterations", "3", "--devices", "3", "--keep", "--json", "figures.json")
+    assert demo.end() == 0, demo.text
+    figures = json.loads((demo.directory / "figures.json").read_text())
+    assert figures["clients"] == [3] * 3
+    assert figures["accuracy"][2] > least
+    assert len(set(figures["loss"])) == 3, "each iteration moved the model"
+    assert figures["compress"] == ("--compress" in arguments)
+    (kept,) = demo.temporary.iterdir()
+    told = (kept / "logs/device-1.log").read_text()
+    assert told.count("privacy:") == (3 if {"DP_ENCRYPT", "SIGNDS"} & {*arguments} else 0)
+    assert demo.family() == {}
+
+
 def test_with_tls_all_that_it_says_to_look_at_is_good(start: Start) -> None:
     """curl, openssl and fl look at the cluster by the commands that it prints; nobody gets in without TLS."""
     demo = start("--tls", "--stay", "--iterations", "2", "--devices", "2")

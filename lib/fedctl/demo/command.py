@@ -23,7 +23,15 @@ from fedclient.rules import Rule
 from fedcore.errors import FedcoreError
 from fedctl.demo import certificates
 from fedctl.demo.cluster import Cluster, Weights, running_cluster
-from fedctl.demo.plan import LABELLED, WORKER_SAMPLES, Plan, beside_a_worker, divide
+from fedctl.demo.plan import (
+    ENCRYPT_TYPES,
+    EPSILONS,
+    LABELLED,
+    WORKER_SAMPLES,
+    Plan,
+    beside_a_worker,
+    divide,
+)
 from fedctl.demo.report import (
     DeviceRecord,
     Examiner,
@@ -57,6 +65,10 @@ Examples:
   fl demo --hybrid                          devices with few labels, without and with a worker
   fl demo --hybrid --torch --json run.json
   fl demo --tls                             the same over HTTPS, with certificates of its own
+  fl demo --compress                        fewer bytes in both directions
+  fl demo --encrypt PW_ENCRYPT              masked updates: the server sees nothing but their sum
+  fl demo --encrypt DP_ENCRYPT              updates with noise
+  fl demo --encrypt SIGNDS                  a few positions and a sign in place of weights
   fl demo --stay                            leaves the cluster running, to look around
 """
 
@@ -317,6 +329,22 @@ def stay(cluster: Cluster) -> None:
     is_flag=True,
     help="Devices, operators and nodes use TLS; the certificates are those of fl certs.",
 )
+@click.option(
+    "--encrypt",
+    type=click.Choice(ENCRYPT_TYPES, case_sensitive=False),
+    help="How devices protect their updates.  [default: not at all]",
+)
+@click.option(
+    "--epsilon",
+    type=click.FloatRange(0, min_open=True),
+    help=f"With DP_ENCRYPT or SIGNDS: what one update may tell.  [default: {EPSILONS['DP_ENCRYPT']:g}, "
+    f"{EPSILONS['SIGNDS']:g}]",
+)
+@click.option(
+    "--compress",
+    is_flag=True,
+    help="Uploads as DIFF_SPARSE_QUANT, where the encrypt type allows it, and downloads as QUANT.",
+)
 @click.option("--iterations", type=click.IntRange(1, 100_000), default=20, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same course.")
 @click.option(
@@ -349,6 +377,9 @@ def demo(
     rule: str | None,
     hybrid: bool,
     tls: bool,
+    encrypt: str | None,
+    epsilon: float | None,
+    compress: bool,
     iterations: int,
     seed: int,
     alpha: float,
@@ -369,12 +400,29 @@ def demo(
         raise click.UsageError("--hybrid and --silo do not go together: a worker trains beside devices")
     if rule is not None and not silo:
         raise click.UsageError("--rule is for --silo: devices know FedAvg only")
+    if (encrypt or compress) and (silo or hybrid):
+        raise click.UsageError(
+            "--encrypt and --compress are for devices alone: leave --silo and --hybrid out"
+        )
+    if epsilon is not None and encrypt not in EPSILONS:
+        raise click.UsageError(f"--epsilon is for --encrypt {' and '.join(EPSILONS)}")
     rules = [Rule.named(rule)] if rule else [*Rule]
     if silo and stay and len(rules) > 1:
         raise click.UsageError("--stay needs one --rule: each rule has a cluster of its own")
     outputs = Outputs(json_file, plot or (directory / CURVES.name if directory else CURVES), stay)
     devices = devices or (SILOS if silo else DEVICES)
-    plan = Plan(data, devices, iterations, seed, alpha, torch, tls=tls)
+    plan = Plan(
+        data,
+        devices,
+        iterations,
+        seed,
+        alpha,
+        torch,
+        tls=tls,
+        encrypt=encrypt or "NOT_ENCRYPT",
+        epsilon=epsilon,
+        compress=compress,
+    )
     plans = [plan]
     if silo:
         plans = [replace(plan, rule=each) for each in rules]

@@ -29,6 +29,15 @@ FEW_EPOCHS, FEW_LEARNING_RATE = (
 WORKER_SAMPLES = 200
 WORKER_STEPS = 10  # between pull and push: not quite an epoch of its samples
 WORKER_LEARNING_RATE = 0.01  # its momentum goes on from iteration to iteration, so less than a device's
+# Few devices learn little from noisy updates: with eight of them these budgets protect hardly anything, and with
+# smaller ones nothing is learned (docs/PRIVACY.md).
+EPSILONS = {"DP_ENCRYPT": 50.0, "SIGNDS": 100.0}
+DP_DELTA = 0.01
+SIGN_STEP = 0.5
+ENCRYPT_TYPES = ("PW_ENCRYPT", *EPSILONS)
+MASKS = "PW_ENCRYPT"
+FEWEST_MASKED = 2  # devices: one alone has nobody to hide among
+UNPACKED = (MASKS, "SIGNDS")  # what has uploads that cannot be compressed
 EPOCHS = {"digits": lenet.EPOCHS, "fashion-mnist": 1}  # clothes: 40 times as many samples, one pass will do
 
 
@@ -61,6 +70,9 @@ class Plan:
         labelled: samples of each device, 0 for all of its share.
         worker: whether a worker trains each aggregate further.
         tls: whether devices, operators and nodes use TLS.
+        encrypt: the encrypt type, in the word of the configuration.
+        epsilon: of DP_ENCRYPT or SIGNDS in each iteration, None for the demo's own.
+        compress: whether uploads and downloads are compressed, where they can be.
     """
 
     data: str
@@ -74,6 +86,9 @@ class Plan:
     labelled: int = 0
     worker: bool = False
     tls: bool = False
+    encrypt: str = "NOT_ENCRYPT"
+    epsilon: float | None = None
+    compress: bool = False
 
     @property
     def scheme(self) -> str:
@@ -136,8 +151,13 @@ class Plan:
         """Find out what is missing before anything is started.
 
         Raises:
-            ConfigError: torch is not installed.
+            ConfigError: torch is not installed, or too few devices are to mask their updates.
         """
+        if self.encrypt == MASKS and self.devices < FEWEST_MASKED:
+            raise ConfigError(
+                f"{self.devices} device cannot mask its update: the sum would be its own",
+                hint=f"--devices {FEWEST_MASKED} or more",
+            )
         if self.torch and importlib.util.find_spec("torch") is None:
             raise ConfigError(
                 "torch is not installed", hint="make demo TORCH=1, or pip install 'fedcore[torch]'"
@@ -194,6 +214,37 @@ class Plan:
         return {"aggregation_type": str(self.rule or Rule.FEDAVG), **more}
 
     @property
+    def protection(self) -> dict[str, Any]:
+        """How updates are protected and packed, in the words of the configuration."""
+        own: dict[str, dict[str, Any]] = {
+            "NOT_ENCRYPT": {},
+            MASKS: {
+                "pw_encrypt": {
+                    "share_secrets_ratio": 1.0,
+                    "cipher_time_window": WINDOW_MS,
+                    "reconstruct_secrets_threshold": max(1, 2 * self.devices // 3),
+                }
+            },
+            "DP_ENCRYPT": {"dp_encrypt": {"dp_eps": self.update_epsilon, "dp_delta": DP_DELTA}},
+            "SIGNDS": {"signds": {"sign_eps": self.update_epsilon, "sign_global_lr": SIGN_STEP}},
+        }
+        configuration: dict[str, Any] = {"encrypt": {"encrypt_type": self.encrypt, **own[self.encrypt]}}
+        if self.compress:
+            upload = {} if self.encrypt in UNPACKED else {"upload_compress_type": "DIFF_SPARSE_QUANT"}
+            configuration["compression"] = {**upload, "download_compress_type": "QUANT"}
+        return configuration
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds of an iteration have a time window: two, and six more where masks are agreed on."""
+        return 8 if self.encrypt == MASKS else 2
+
+    @property
+    def update_epsilon(self) -> float | None:
+        """What one update may tell, of an encrypt type that has such a thing."""
+        return self.epsilon or EPSILONS.get(self.encrypt)
+
+    @property
     def worker_options(self) -> dict[str, int | str | float]:
         """What the worker's trainer is told."""
         return {
@@ -224,8 +275,9 @@ def write_configuration(path: Path, plan: Plan, addresses: Addresses) -> None:
             "start_fl_job_time_window": WINDOW_MS,
             "update_model_ratio": 1.0,
             "update_model_time_window": WINDOW_MS,
-            "global_iteration_time_window": 2 * WINDOW_MS,
+            "global_iteration_time_window": plan.rounds * WINDOW_MS,
         },
+        **plan.protection,
         "summary": {"metrics_file": "metrics.json", "failure_event_file": "event.txt"},
         "client": {
             "client_epoch_num": plan.epochs,

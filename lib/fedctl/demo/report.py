@@ -187,7 +187,10 @@ def save_compared_curves(reports: Sequence[Report], path: Path) -> None:
 
 def _title(plan: Plan) -> str:
     few = f"{plan.devices} {plan.who}s" + (f" with {plan.labelled} labels each" if plan.labelled else "")
-    return f"LeNet-5 on {plan.data}, {few}, uneven shares (alpha {plan.alpha:g})"
+    budget = f" with epsilon {plan.update_epsilon:g}" if plan.update_epsilon else ""
+    protected = "" if plan.encrypt == "NOT_ENCRYPT" else f", {plan.encrypt}{budget}"
+    packed = ", compressed" if plan.compress else ""
+    return f"LeNet-5 on {plan.data}, {few}, uneven shares (alpha {plan.alpha:g}){protected}{packed}"
 
 
 def _save_figure(figure: Any, path: Path) -> None:

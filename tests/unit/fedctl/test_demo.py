@@ -88,6 +88,55 @@ def test_with_tls_devices_trust_its_authority_and_no_other():
     assert PLAN.daemon_arguments == ["--yaml-config", "fl.yaml"]
 
 
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("encrypt", ["NOT_ENCRYPT", *plan.ENCRYPT_TYPES])
+def test_the_daemons_understand_how_updates_are_protected(tmp_path, encrypt, compress):
+    protected = replace(PLAN, devices=3, encrypt=encrypt, compress=compress)
+    plan.write_configuration(tmp_path / "fl.yaml", protected, ADDRESSES)
+    loaded = load_settings(tmp_path / "fl.yaml", Role.SERVER)
+    assert loaded.warnings == ()
+    settings = loaded.settings
+    assert settings.encrypt.encrypt_type == encrypt
+    packed = compress and encrypt in ("NOT_ENCRYPT", "DP_ENCRYPT")
+    assert settings.compression.upload_compress_type == ("DIFF_SPARSE_QUANT" if packed else "NO_COMPRESS")
+    assert settings.compression.download_compress_type == ("QUANT" if compress else "NO_COMPRESS")
+    assert settings.encrypt.dp_encrypt.dp_eps == 50
+    assert settings.encrypt.signds.sign_eps == 100
+
+
+def test_the_budget_of_an_update_can_be_chosen(tmp_path):
+    for encrypt, read in (
+        ("DP_ENCRYPT", lambda encrypt: encrypt.dp_encrypt.dp_eps),
+        ("SIGNDS", lambda encrypt: encrypt.signds.sign_eps),
+    ):
+        chosen = replace(PLAN, encrypt=encrypt, epsilon=2.5)
+        plan.write_configuration(tmp_path / "fl.yaml", chosen, ADDRESSES)
+        assert read(load_settings(tmp_path / "fl.yaml", Role.SERVER).settings.encrypt) == 2.5
+        assert f"{encrypt} with epsilon 2.5" in report._title(chosen)
+
+
+def test_one_device_cannot_mask_its_update():
+    with pytest.raises(ConfigError, match="--devices 2 or more"):
+        replace(PLAN, devices=1, encrypt="PW_ENCRYPT").check()
+    replace(PLAN, devices=2, encrypt="PW_ENCRYPT").check()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--encrypt", "DP_ENCRYPT", "--silo"), "for devices alone"),
+        (("--compress", "--hybrid"), "for devices alone"),
+        (("--epsilon", "1"), "--epsilon is for --encrypt DP_ENCRYPT and SIGNDS"),
+        (("--epsilon", "1", "--encrypt", "PW_ENCRYPT"), "--epsilon is for --encrypt DP_ENCRYPT and SIGNDS"),
+        (("--encrypt", "ROT13"), "'ROT13' is not one of"),
+    ],
+)
+def test_protection_that_does_not_go_together_is_refused(arguments, word):
+    done = CliRunner().invoke(command.demo, arguments)
+    assert done.exit_code == 2
+    assert word in " ".join(done.output.split())
+
+
 def test_the_first_model_is_the_examples(tmp_path):
     plan.write_initial_model(tmp_path / "initial.safetensors", seed=3)
     read = read_model(tmp_path / "initial.safetensors").weights
