@@ -22,6 +22,7 @@ from unit.ledger.tracing import Tracing
 from unit.wire.samples import MESSAGES, full
 
 from fedcore.config import Settings, hyper_parameters
+from fedcore.ledger.decoding import Decoder
 from fedcore.ledger.layout import Epoch, partial_head
 from fedcore.ledger.ledger import Ledger
 from fedcore.models.formats import write_ckpt, write_model
@@ -213,7 +214,8 @@ def operator_bodies() -> Sequence[bytes]:
 def tables() -> Sequence[bytes]:
     whole = [bytes([i]) + codec.encode(full(message)) for i, message in enumerate(TABLES)]
     update = bytes([TABLES.index(RequestUpdateModel)])
-    return [*whole, *(update + body_of(Device(f"device-{i}", i)) for i in range(4))]
+    devices = [Device(f"device-{i}", i, form=form) for i in range(4) for form in Decoder]
+    return [*whole, *(update + body_of(device) for device in devices)]
 
 
 def frames() -> Sequence[bytes]:
@@ -275,12 +277,13 @@ def ledgers() -> Sequence[bytes]:
     for i in range(3):
         slot = ledger.receive()
         assert slot is not None
-        body = body_of(Device(f"device-{i}", i))
+        form = Decoder(i)
+        body = body_of(Device(f"device-{i}", i, form=form))
         slot.buffer[: len(body)] = body
         slot.length = len(body)
-        ledger.record(slot, f"device-{i}", 0.5, 0.5)
+        ledger.record(slot, f"device-{i}", 0.5, 0.5, form)
         if i < 2:
-            ledger.accept(slot, read(slot.body, 7, 3))
+            ledger.accept(slot, read(slot.body, 7, 3, form))
         found.append(bytes(storage.content))
     ledger.merge()
     found.append(bytes(storage.content))

@@ -17,11 +17,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 from cryptography import x509
 from fuzz import samples
 from fuzz.samples import EPOCH, MODEL, NODE_MESSAGES, TABLES
 from unit.ledger.histories import read as read_update
+from unit.ledger.histories import reading_of
 from unit.ledger.tracing import Held
 from unit.net.rig import Rig
 
@@ -34,6 +36,7 @@ from fedcore.identity.chain import Anchors, Chain, signing_key
 from fedcore.identity.pem import Untrusted
 from fedcore.identity.revocation import Revocations
 from fedcore.ledger import layout
+from fedcore.ledger.decoding import Decoder
 from fedcore.ledger.layout import Damaged
 from fedcore.ledger.ledger import Ledger
 from fedcore.models.formats import read_model
@@ -43,7 +46,7 @@ from fedcore.net.proxy import read_header
 from fedcore.net.tls import files
 from fedcore.pki.revocation import read_lists
 from fedcore.services.operator_api import Body, Refusal, requested_values
-from fedcore.services.screening import weights_of
+from fedcore.services.update_forms import weights_of
 from fedcore.wire import codec, node
 from fedcore.wire.arrays import check_update
 from fedcore.wire.messages import RequestFLJob, RequestUpdateModel
@@ -151,11 +154,20 @@ def tables(data: bytes) -> None:
     if isinstance(message, RequestFLJob):
         data_size_fault(message.data_size)
     if isinstance(message, RequestUpdateModel):
+        for decoder in (Decoder.SPARSE, Decoder.SIGN):
+            _decoded(message, decoder)
         weights = weights_of(message)
         check_update(MODEL, weights)
         aggregated = {name: values for name, values in weights.items() if MODEL.by_name[name].aggregated}
         previous = {weight.name: samples.ZEROS[: weight.size] for weight in MODEL}
         assert math.isfinite(distance(aggregated, previous, lambda name: Sent.PRODUCT, 7))
+
+
+def _decoded(message: RequestUpdateModel, decoder: Decoder) -> None:
+    """An update that is not plain: it is refused, or all that it decodes to is finite."""
+    with contextlib.suppress(ArrayError):
+        for values in reading_of(message, decoder).weights(65535).values():
+            assert np.isfinite(values[0 : values.size]).all()
 
 
 # ---- between nodes

@@ -26,6 +26,7 @@ from fedcore.aggregation.rule import Total
 from fedcore.aggregation.sums import RunningSum, Spans
 from fedcore.ledger import layout
 from fedcore.ledger import ledger as ledger_module
+from fedcore.ledger.decoding import Decoder
 from fedcore.ledger.layout import Damaged, Epoch, SlotState
 from fedcore.ledger.ledger import Ledger, Partial, Slot
 from fedcore.store.keys import REVOKED
@@ -229,8 +230,8 @@ class Server:
         slot.buffer[: len(body)] = body
         slot.length = len(body)
         if not ledger.holds(device.fl_id):
-            update = read(slot.body, device.data_size, device.eval_data_size)
-            ledger.record(slot, device.fl_id, update.loss, update.accuracy)
+            update = read(slot.body, device.data_size, device.eval_data_size, device.form)
+            ledger.record(slot, device.fl_id, update.loss, update.accuracy, device.form)
         question = Question(epoch, self.attempt, device, slot, ledger)
         self.questions.append(question)
         if fate == "late":
@@ -254,7 +255,8 @@ class Server:
             return  # asked again later
         self.questions.remove(question)
         if word == "accepted" and not ledger.holds(device.fl_id):
-            ledger.accept(question.slot, read(question.slot.body, device.data_size, device.eval_data_size))
+            sizes = device.data_size, device.eval_data_size
+            ledger.accept(question.slot, read(question.slot.body, *sizes, device.form))
         else:
             ledger.release(question.slot)
         if word in ("accepted", "repeated"):
@@ -377,8 +379,9 @@ class World:
     def device(self, number: int, mask: int, size: int) -> Device:
         """A device sends one thing in one iteration, however often."""
         seed = 100 * self.shared.number + number
+        form = Decoder(seed % len(Decoder))
         return self.devices.setdefault(
-            f"client-{number}", Device(f"client-{number}", seed, mask, size, number)
+            f"client-{number}", Device(f"client-{number}", seed, mask, size, number, form)
         )
 
     def run(self, server: Server, work: Callable[[], object]) -> object:

@@ -20,7 +20,7 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
-from fedcore.wire.arrays import Floats
+from fedcore.wire.arrays import Floats, Values
 
 BLOCK = 8192  # values at a time: 64 KiB in float64, which any second-level cache holds
 ROUNDING = (
@@ -41,7 +41,7 @@ Kind = Callable[[str], Sent]
 
 
 def distance(
-    update: Mapping[str, Floats], previous: Mapping[str, Floats], kind: Kind, data_size: int
+    update: Mapping[str, Values], previous: Mapping[str, Floats], kind: Kind, data_size: int
 ) -> float:
     """Return the L2 norm of an update's distance to the model that it was trained from.
 

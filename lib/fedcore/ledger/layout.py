@@ -240,7 +240,7 @@ class Record:
     """What a slot's entry says of its body.
 
     Attributes:
-        decoder: how the body becomes weights; 0 is a plain RequestUpdateModel.
+        decoder: how the body becomes weights, see ``decoding.Decoder``; 0 is plain weights.
         length: bytes of the body.
         loss: the client's training loss.
         accuracy: the client's accuracy.

@@ -27,10 +27,11 @@ import xxhash
 
 from fedcore.aggregation.sums import Spans
 from fedcore.core.client_key import client_hash
-from fedcore.errors import LocalError, PeerError
+from fedcore.errors import ArrayError, LocalError, PeerError
 from fedcore.ledger import layout
+from fedcore.ledger.decoding import Decoder
 from fedcore.ledger.layout import Damaged, Entry, Epoch, Record, Shape, SlotState, Totals
-from fedcore.wire.arrays import Floats, Layout
+from fedcore.wire.arrays import Layout, Values
 
 MERGE_BATCH = 8  # updates added per pass over the sums; more gain nothing in throughput
 BLOCK = (
@@ -82,7 +83,8 @@ class Update:
 
     Attributes:
         fl_id: the client.
-        weights: name -> float32[n], each value times ``data_size``; any subset of the model.
+        weights: name -> float32[n], each value times ``data_size``; any subset of the model. What is not plain is
+            decoded when it is added, block by block.
         data_size: training samples, 1..65535.
         eval_data_size: evaluation samples, >= 0.
         loss: the client's training loss.
@@ -90,11 +92,18 @@ class Update:
     """
 
     fl_id: str
-    weights: Mapping[str, Floats]
+    weights: Mapping[str, Values]
     data_size: int
     eval_data_size: int
     loss: float
     accuracy: float
+
+
+Read = Callable[[memoryview, int, int, int], Update]
+"""Body, data size, evaluation size and the record's decoder -> what is in a slot.
+
+It raises PeerError, ArrayError or Damaged if the body is not what its record says.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,8 +281,10 @@ class Ledger:
         at = self.shape.body_at(number)
         return Slot(number, self._storage.buffer[at : at + self.shape.slot_size], self.id, length)
 
-    def record(self, slot: Slot, fl_id: str, loss: float, accuracy: float, decoder: int = 0) -> None:
-        """Say in the file what is in a slot, before the shared state is asked to count it."""
+    def record(
+        self, slot: Slot, fl_id: str, loss: float, accuracy: float, decoder: int = Decoder.PLAIN
+    ) -> None:
+        """Say in the file what is in a slot, and how it is read, before the shared state is asked to count it."""
         if self._epoch is None:
             raise LocalError("an update came before the ledger had an iteration")
         body = layout.checksum(slot.body)
@@ -315,7 +326,7 @@ class Ledger:
         self,
         entries: Sequence[Entry],
         counted: Mapping[str, tuple[int, int]],
-        read: Callable[[memoryview, int, int], Update],
+        read: Read,
     ) -> list[str]:
         """Take up or free what ``recover`` found.
 
@@ -323,7 +334,7 @@ class Ledger:
             entries: all that it found.
             counted: client -> (data size, evaluation size), of those clients of RECEIVED entries whose update the
                 shared state has counted in this ledger.
-            read: makes an update of a body, a data size and an evaluation size.
+            read: makes an update of what is in a slot.
 
         Returns:
             For each counted update that cannot be read, why; these are lost.
@@ -340,8 +351,8 @@ class Ledger:
                 continue
             try:
                 slot = self.slot_of(entry)
-                update = read(slot.body, *sizes)
-            except (Damaged, PeerError) as error:
+                update = read(slot.body, *sizes, entry.record.decoder)
+            except (Damaged, PeerError, ArrayError) as error:
                 lost[fl_id] = str(error)
                 continue
             if update.fl_id != fl_id:
@@ -393,7 +404,7 @@ class Ledger:
         """Make a merged slot available; nothing is written, its entry counts as merged."""
         self._free.append(slot.number)
 
-    def _add(self, updates: list[Mapping[str, Floats]]) -> int:
+    def _add(self, updates: list[Mapping[str, Values]]) -> int:
         """Write live sums plus updates into the other accumulator; return the checksum of what is there then."""
         before, after = self._generation, self._generation + 1
         target = self.shape.accumulator_at(after) + self.shape.sums_at

@@ -11,6 +11,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,19 @@ import numpy.typing as npt
 from fedcore.errors import NonFinite, ShapeMismatch
 
 Floats = npt.NDArray[np.float32]
+
+
+class Values(Protocol):
+    """The values of one weight of an update, to be had in blocks: an array, or what has yet to be decoded."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        ...
+
+    def __getitem__(self, span: slice, /) -> npt.NDArray[Any]:
+        """Return the float32 values of a span; the same ones each time."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +124,14 @@ def check_update(layout: Layout, update: Mapping[str, Floats]) -> None:
             raise NonFinite(f"weight {name!r} holds NaN or infinity")
 
 
-def check_shapes(layout: Layout, update: Mapping[str, Floats]) -> None:
+def check_shapes(layout: Layout, update: Mapping[str, Values]) -> None:
     """Check names and sizes of the weights of an upload; their values are not looked at.
 
     Any non-empty subset of the model's weights is accepted, as the original does.
 
     Args:
         layout: the model.
-        update: name -> float32[n] views of the request.
+        update: name -> float32[n].
 
     Raises:
         ShapeMismatch: an unknown name, another size, or no value at all.

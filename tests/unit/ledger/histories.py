@@ -11,20 +11,32 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import count
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
 from unit.ledger.tracing import Held, Tracing, Written
 
+from fedcore.compression import mask as masks
+from fedcore.compression import sparse
 from fedcore.errors import LocalError
 from fedcore.ledger import layout
 from fedcore.ledger import ledger as ledger_module
+from fedcore.ledger.decoding import (
+    Decoder,
+    Reading,
+    sign_layers,
+    sign_reading,
+    sparse_layers,
+    sparse_reading,
+)
 from fedcore.ledger.layout import Damaged, Epoch, Shape, SlotState, Totals
 from fedcore.ledger.ledger import Ledger, Partial, Slot, Update
 from fedcore.wire import codec
-from fedcore.wire.arrays import Layout, Weight
-from fedcore.wire.messages import FeatureMap, RequestUpdateModel
+from fedcore.wire.arrays import Floats, Layout, Values, Weight
+from fedcore.wire.messages import CompressType, FeatureMap, RequestUpdateModel
 
 MODEL = Layout(
     (Weight("a", (2,)), Weight("b", (3,)), Weight("c", ()), Weight("kept", (2,), aggregated=False))
@@ -32,6 +44,8 @@ MODEL = Layout(
 NAMES = tuple(weight.name for weight in MODEL)
 SHAPE = Shape.of(MODEL, "job", clients=8, slots=3, slot_size=600)
 EVERYTHING = (1 << len(NAMES)) - 1
+BASE = {weight.name: np.full(weight.size, 0.1, np.float32) * (i + 1) for i, weight in enumerate(MODEL)}
+RATE, STEP = float(np.float32(0.4)), 0.125  # of sparse and of signed updates
 
 
 # ---- updates
@@ -47,6 +61,7 @@ class Device:
         mask: bit i says whether it sends weight i.
         data_size: 1..65535.
         eval_data_size: from 0.
+        form: in which it sends them.
     """
 
     fl_id: str
@@ -54,6 +69,7 @@ class Device:
     mask: int = EVERYTHING
     data_size: int = 7
     eval_data_size: int = 3
+    form: Decoder = Decoder.PLAIN
 
 
 @cache
@@ -61,33 +77,98 @@ def body_of(device: Device) -> bytes:
     chance = np.random.default_rng(device.seed)
     values = {weight.name: chance.standard_normal(weight.size).astype(np.float32) for weight in MODEL}
     sent = [name for i, name in enumerate(NAMES) if device.mask >> i & 1]
-    features = tuple(FeatureMap(name, values[name] * np.float32(device.data_size)) for name in sent)
     figures = np.float32(chance.random(2)).tolist()
     return codec.encode(
         RequestUpdateModel(
             fl_name="job",
             fl_id=device.fl_id,
             iteration=1,
-            feature_map=features,
             timestamp="1",
             upload_loss=figures[0],
             upload_accuracy=figures[1],
+            **_sent(device, {name: values[name] * np.float32(device.data_size) for name in sent}, chance),
         )
     )
 
 
-def read(body: memoryview | bytes, data_size: int, eval_data_size: int) -> Update:
+def _sent(device: Device, values: dict[str, Floats], chance: np.random.Generator) -> dict[str, Any]:
+    """The fields of an update that say how the model moves."""
+    if device.form is Decoder.SPARSE:
+        layers = [(name, each.size) for name, each in values.items()]
+        pattern = sparse.pattern(layers, masks.draw(1, RATE, sum(size for _, size in layers)))
+        return {
+            "compress_feature_map": sparse.compress(pattern, values, BASE, device.data_size),
+            "upload_compress_type": CompressType.DIFF_SPARSE_QUANT,
+            "upload_sparse_rate": RATE,
+            "name_vec": tuple(values),
+        }
+    if device.form is Decoder.SIGN:
+        total = sum(each.size for each in values.values())
+        chosen = np.flatnonzero(chance.random(total) < 0.5) if total > 1 else np.zeros(1)
+        return {
+            "feature_map": tuple(FeatureMap(name, np.empty(0, np.float32)) for name in values),
+            "sign": 1 if chance.random() < 0.5 else -1,
+            "index_array": (chosen if chosen.size else np.zeros(1)).astype(np.int32),
+        }
+    return {"feature_map": tuple(FeatureMap(name, each) for name, each in values.items())}
+
+
+def read(
+    body: memoryview | bytes, data_size: int, eval_data_size: int, decoder: int = Decoder.PLAIN
+) -> Update:
     """Make an update of a body, as the server does."""
     request = codec.decode(RequestUpdateModel, body)
-    weights = {item.weight_fullname or "": item.data for item in request.feature_map or ()}
+    plain = {item.weight_fullname or "": item.data for item in request.feature_map or ()}
+    weights: Mapping[str, Values] = {name: data for name, data in plain.items() if data is not None}
+    if decoder != Decoder.PLAIN:
+        weights = reading_of(request, decoder).weights(data_size)
     return Update(
         request.fl_id or "",
-        {name: data for name, data in weights.items() if data is not None},
+        weights,
         data_size,
         eval_data_size,
         request.upload_loss,
         request.upload_accuracy,
     )
+
+
+def reading_of(request: RequestUpdateModel, decoder: int) -> Reading:
+    """Read an update that is not plain, against BASE."""
+    if decoder == Decoder.SIGN:
+        return sign_reading(request, sign_layers(MODEL, request), STEP, BASE, "", 1.0)
+    if decoder != Decoder.SPARSE:
+        raise Damaged(f"there is no decoder {decoder}")
+    layers = sparse_layers(MODEL, request, RATE)
+    total = sum(size for _, size in layers)
+    pattern = sparse.pattern(layers, masks.draw(request.iteration, RATE, total))
+    return sparse_reading(request, pattern, BASE, "", 1.0)
+
+
+def meant(device: Device) -> dict[str, Floats]:
+    """What a device's update stands for, worked out value by value: name -> float32[n], times the data size."""
+    request = codec.decode(RequestUpdateModel, body_of(device))
+    size = np.float32(device.data_size)
+    if device.form is Decoder.SPARSE:
+        names = request.name_vec or ()
+        marks = iter(masks.draw(1, RATE, sum(BASE[name].size for name in names)).tolist())
+        values = iter(np.concatenate([sparse.restore(item) for item in request.compress_feature_map or ()]))
+        return {
+            name: np.float32(
+                [next(values) + each * size if next(marks) else each * size for each in BASE[name]]
+            )
+            for name in names
+        }
+    named = [(item.weight_fullname or "", item.data) for item in request.feature_map or ()]
+    if device.form is Decoder.SIGN:
+        assert request.index_array is not None
+        chosen, step, position = set(request.index_array.tolist()), np.float32(request.sign * STEP), count()
+        return {
+            name: np.float32(
+                [(each + step if next(position) in chosen else each) * size for each in BASE[name]]
+            )
+            for name, _ in named
+        }
+    return {name: data for name, data in named if data is not None}
 
 
 def plain_sum(
@@ -98,8 +179,8 @@ def plain_sum(
     sizes = dict.fromkeys(sums, 0)
     data, evaluated, loss, accuracy = 0, 0, 0.0, 0.0
     for device in devices:
-        update = read(body_of(device), device.data_size, device.eval_data_size)
-        for name, values in update.weights.items():
+        update = read(body_of(device), device.data_size, device.eval_data_size, device.form)
+        for name, values in meant(device).items():
             if name in sums:
                 sums[name] = sums[name] + values.astype(np.float64)
                 sizes[name] += device.data_size
@@ -202,8 +283,8 @@ class History:
         if reply == "cut" or self.ledger.holds(device.fl_id):
             self.ledger.release(slot)
             return
-        update = read(slot.body, device.data_size, device.eval_data_size)
-        self.ledger.record(slot, device.fl_id, update.loss, update.accuracy)
+        update = read(slot.body, device.data_size, device.eval_data_size, device.form)
+        self.ledger.record(slot, device.fl_id, update.loss, update.accuracy, device.form)
         if self.durable:
             self.ledger.sync()
         counts = self.account.counts(device.fl_id)
@@ -220,7 +301,7 @@ class History:
         if asked_in is not self.account or not counts or self.ledger.holds(device.fl_id):
             self.ledger.release(slot)
             return
-        mine = read(slot.body, device.data_size, device.eval_data_size)
+        mine = read(slot.body, device.data_size, device.eval_data_size, device.form)
         self.ledger.accept(slot, mine)
         self.account.answered.append((self.now, device))
 
@@ -300,7 +381,8 @@ def step(history: History, what: tuple[object, ...]) -> None:
     """Perform a step that was written down as a tuple."""
     match what:
         case ("upload", int(client), int(seed), int(mask), int(size), str(reply)):
-            device = Device(f"client-{client}", seed * 16 + client, mask, size, client * 2)
+            form = Decoder(seed % len(Decoder))
+            device = Device(f"client-{client}", seed * 16 + client, mask, size, client * 2, form)
             history.upload(device, reply)
         case ("merge", int(batch), bool(keep)):
             history.merge(batch, keep)
