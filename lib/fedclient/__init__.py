@@ -3,6 +3,7 @@
 from fedclient.client import Client, IterationReport, Summary
 from fedclient.cloud import CloudWorker
 from fedclient.identity import DeviceIdentity, load_identity
+from fedclient.protection import PrivacyOptions
 from fedclient.rules import Rule, with_absolute_changes
 from fedclient.schedule import Adaptive
 from fedclient.session import Policy
@@ -25,6 +26,7 @@ __all__ = [
     "MemoryTransport",
     "Outcome",
     "Policy",
+    "PrivacyOptions",
     "Rule",
     "SiloTrainer",
     "Summary",

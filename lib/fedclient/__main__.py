@@ -24,6 +24,7 @@ import click
 from fedclient.client import Client, IterationReport
 from fedclient.cloud import PATIENCE, SYNC_TYPES, CloudWorker
 from fedclient.identity import DeviceIdentity, load_identity
+from fedclient.protection import PrivacyOptions
 from fedclient.rules import Rule
 from fedclient.session import Policy
 from fedclient.steps import Outcome
@@ -214,6 +215,25 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
     help="Longest wait for a connection; a reply may take three times as long.",
 )
 @click.option(
+    "--max-epsilon",
+    type=float,
+    metavar="EPSILON",
+    help="With DP_ENCRYPT or SIGNDS: stop before an update with which more would be spent in all.",
+)
+@click.option(
+    "--clip-floor",
+    type=float,
+    default=PrivacyOptions().clip_floor,
+    show_default=True,
+    metavar="LENGTH",
+    help="With DP_ENCRYPT: the least clip bound; it follows the global model's moves, and the noise follows it.",
+)
+@click.option(
+    "--error-feedback",
+    is_flag=True,
+    help="With DIFF_SPARSE_QUANT: keep what compression leaves out of an update, and add it to the next one.",
+)
+@click.option(
     "--rule",
     type=click.Choice([*Rule], case_sensitive=False),
     help="Be a cloud worker; the aggregation_type of the server.",
@@ -255,6 +275,9 @@ def main(
     rotate: bool,
     poll_interval: float,
     timeout: float,
+    max_epsilon: float | None,
+    clip_floor: float,
+    error_feedback: bool,
     rule: str | None,
     sync_frequency: int | None,
     sync_type: str,
@@ -288,10 +311,23 @@ def main(
             device = make_trainer(trainer, settings, ("load", "fit", "evaluate"))
             policy = Policy(poll_interval=poll_interval)
             identity = read_identity(identity_file, identity_key, identity_password_file)
-            client = Client(device, servers, client_id=client_id, policy=policy, identity=identity, **common)
+            privacy = PrivacyOptions(clip_floor, max_epsilon, error_feedback)
+            client = Client(
+                device,
+                servers,
+                client_id=client_id,
+                policy=policy,
+                identity=identity,
+                privacy=privacy,
+                **common,
+            )
         else:
             if identity_file is not None:
                 raise UsageFault("--identity is for devices, not for cloud workers: leave --rule out")
+            if max_epsilon is not None or error_feedback:
+                raise UsageFault(
+                    "--max-epsilon and --error-feedback are for devices, not for cloud workers: leave --rule out"
+                )
             if sync_frequency is None:
                 raise UsageFault("a cloud worker needs --sync-frequency")
             silo = make_trainer(trainer, settings, ("load", "step", "evaluate"))

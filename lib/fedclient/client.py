@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedclient.identity import DeviceIdentity
+from fedclient.protection import PrivacyOptions, Protection
 from fedclient.session import Policy, Session
 from fedclient.steps import (
     Action,
@@ -106,6 +107,7 @@ class Client:
         chance: random number in 0..1 that spreads repeats.
         session: another way to take part than a device's; made for this ``fl_name`` and ``client_id``.
         identity: key and certificates, for jobs in which devices must sign.
+        privacy: what a device adds to the job's protection and compression on its own.
         fit_name: the method that the user wrote for the training, for messages.
 
     Raises:
@@ -130,6 +132,7 @@ class Client:
         chance: Callable[[], float] = random.random,
         session: Session | None = None,
         identity: DeviceIdentity | None = None,
+        privacy: PrivacyOptions | None = None,
         fit_name: str = "fit",
     ) -> None:
         self.client_id = _id_of(client_id, identity)
@@ -141,7 +144,9 @@ class Client:
             if isinstance(server, str | Sequence)
             else server
         )
-        self._session = session or Session(self.fl_name, self.client_id, policy, identity)
+        self._session = session or Session(
+            self.fl_name, self.client_id, policy, identity, Protection(privacy)
+        )
         self._on_iteration = on_iteration
         self._clock = clock
         self._monotonic = monotonic

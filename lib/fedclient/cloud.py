@@ -42,7 +42,8 @@ class CloudWorker:
             ``fedclient.with_absolute_changes``.
         adaptive: parameters of adaptive synchronisation; None: the protocol's.
         iid_rate: FedProx's, above 0 up to 1.
-        encrypt_mode: NOT_ENCRYPT; the protocol's other one is not served by this version.
+        encrypt_mode: the server's encrypt_type: NOT_ENCRYPT, or STABLE_PW_ENCRYPT, which hides what each worker sends
+            from the server; all workers of an iteration must then stay until it ends.
         fl_name: name of the job; None: the trainer's class name.
         worker_id: identity towards the servers, unique in the job; None: a new one.
         control: Scaffold's own control of a worker that this one replaces, see ``control``; None: zero.
@@ -88,6 +89,7 @@ class CloudWorker:
             sync_frequency,
             iid_rate,
             (adaptive or Adaptive()) if sync_type == "adaptive" else None,
+            encrypt_mode,
         )
         fl_name, worker_id = fl_name or type(trainer).__name__, worker_id or new_worker_id()
         self._session = CloudSession(fl_name, worker_id, way, policy or PATIENCE, control)
@@ -144,5 +146,3 @@ def _check_encrypt_mode(mode: str) -> None:
     """Refuse what a worker cannot do."""
     if mode not in ENCRYPT_MODES:
         raise ConfigError(f"encrypt_mode must be in {ENCRYPT_MODES}, but got {mode}.")
-    if mode != "NOT_ENCRYPT":
-        raise ConfigError(f"encrypt_mode {mode} is not served by this version", hint="NOT_ENCRYPT")

@@ -19,17 +19,24 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedclient import rules
+from fedclient import protection, rules
 from fedclient.replies import WORKER_MODES, some_weights_of, weights_of
 from fedclient.rules import ABS_CHANGE, Rule
 from fedclient.schedule import Adaptive, Consistency, Schedule, observe
-from fedclient.session import NO_COMPRESS, Policy, Session
+from fedclient.session import Policy, Session
 from fedclient.silo import LocalRun
 from fedclient.steps import Action, Fit, IterationDone, IterationOutcome, Outcome
 from fedclient.trainer import Weights
 from fedcore.errors import ConfigError, MalformedRequest
 from fedcore.wire.arrays import Floats, Layout, check_update
-from fedcore.wire.messages import FeatureMap, RequestGetModel, ResponseFLJob, ResponseGetModel
+from fedcore.wire.messages import (
+    CompressType,
+    FeatureMap,
+    RequestGetModel,
+    RequestUpdateModel,
+    ResponseFLJob,
+    ResponseGetModel,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,7 @@ class Synchronisation:
         frequency: local steps between two synchronisations, of the first run if adaptive; 1..65535.
         iid_rate: FedProx's share of the distance to the global weights, 0..1; nothing for the other rules.
         adaptive: parameters of adaptive synchronisation, None: fixed.
+        encrypt_mode: the server's encrypt_type; a job with another one is not joined.
 
     Raises:
         ConfigError: a value is out of range, or they do not go together.
@@ -50,6 +58,7 @@ class Synchronisation:
     frequency: int = 1
     iid_rate: float = 0.0
     adaptive: Adaptive | None = None
+    encrypt_mode: str = protection.PLAIN
 
     def __post_init__(self) -> None:
         Schedule(self.frequency)
@@ -73,6 +82,8 @@ class CloudSession(Session):
     """
 
     MODES: ClassVar[Collection[str]] = WORKER_MODES
+    PROTECTIONS: ClassVar[Collection[str]] = (protection.PLAIN, protection.STABLE_MASKS)
+    DOWNLOADS: ClassVar[Collection[CompressType]] = (CompressType.NO_COMPRESS,)
 
     def __init__(
         self,
@@ -102,6 +113,12 @@ class CloudSession(Session):
 
     def _take(self, reply: ResponseFLJob) -> None:
         self._global_control = rules.named_controls(some_weights_of(reply.feature_map))
+
+    def _fault_of(self, terms: protection.Terms) -> str:
+        mode = self._way.encrypt_mode
+        if terms.encrypt_type != mode:
+            return f"the job's encrypt_type is {terms.encrypt_type!r}, this worker's encrypt_mode {mode!r}"
+        return super()._fault_of(terms)
 
     def _begin(self, now: int) -> Action:
         if self._base != self.iteration - 1:
@@ -142,9 +159,8 @@ class CloudSession(Session):
         assert isinstance(action, Fit)
         return Fit(action.weights, run)
 
-    def _upload(self, trained: Weights) -> tuple[FeatureMap, ...]:
+    def _upload(self, trained: Weights) -> RequestUpdateModel:
         assert self._config is not None
-        self._asked = self.iteration
         base, steps, samples = self.model, self.schedule.frequency, self._sizes.data_size
         check_update(Layout.of(base), trained)
         values = rules.uploaded(self._way.rule, trained, base, samples, steps)
@@ -156,10 +172,19 @@ class CloudSession(Session):
         if self._seen is not None:
             values |= rules.weighted(rules.absolute_changes(trained, base), samples)
         check_update(Layout.of(values), values)  # what was multiplied may have overflowed
-        return tuple(FeatureMap(name, array) for name, array in values.items())
+        if self._masking is not None:
+            values = {name: values[name].copy() for name in sorted(values)}
+            self._masking.mask(list(values), values)(values)
+        return RequestUpdateModel(
+            feature_map=tuple(FeatureMap(name, array) for name, array in values.items())
+        )
+
+    def _send_update(self, request: RequestUpdateModel) -> Action:
+        self._asked = self.iteration
+        return super()._send_update(request)
 
     def _ask_model(self, now: int) -> Action:
-        request = RequestGetModel(self._fl_name, self._asked, str(now), NO_COMPRESS)
+        request = RequestGetModel(self._fl_name, self._asked, str(now), self._offered())
         return self._send("getModel", request)
 
     def _received(self, reply: ResponseGetModel, now: int) -> Action:
@@ -175,6 +200,7 @@ class CloudSession(Session):
         if fetched:
             return self._begin(now)
         self._restarts = self._undated = 0
+        self._masking = None
         if all(np.array_equal(before[name], values) for name, values in weights.items()):
             reason = f"iteration {self.iteration} made no model"
             return self._pause(IterationDone(self.iteration, IterationOutcome.RESTARTED, reason), self._next)

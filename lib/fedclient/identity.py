@@ -6,8 +6,11 @@ equipment CA, and the root. Its id in the protocol follows from the second one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -16,10 +19,18 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, p
 
 from fedcore.errors import ConfigError
 from fedcore.identity import messages, pss
-from fedcore.identity.pem import Untrusted, fl_id_of, pem_form
-from fedcore.wire.messages import RequestFLJob, RequestUpdateModel
+from fedcore.identity.pem import Untrusted, bare_form, fl_id_of, pem_form, read_bare
+from fedcore.wire.messages import (
+    CipherRequest,
+    ClientPublicKeys,
+    RequestExchangeKeys,
+    RequestFLJob,
+    RequestUpdateModel,
+    SendClientListSign,
+)
 
 CHAIN_LENGTH = 4
+R = TypeVar("R", bound=CipherRequest)
 _P12_SUFFIXES = (".p12", ".pfx")
 
 
@@ -69,6 +80,77 @@ class DeviceIdentity:
         """Return an updateModel with its signature, which covers time stamp and iteration."""
         message = messages.of_round(request.timestamp or "", request.iteration)
         return replace(request, signature=pss.sign(self.key, message))
+
+    # ---- cipher rounds
+
+    def signed_keys(self, request: RequestExchangeKeys) -> RequestExchangeKeys:
+        """Return an exchangeKeys with signature and the two certificates that others verify it with."""
+        message = messages.of_keys(
+            request.c_pk or b"", request.s_pk or b"", request.timestamp or "", request.iteration
+        )
+        chain = tuple(map(bare_form, self.chain[:2]))
+        return replace(request, signature=pss.sign(self.key, message), certificate_chain=chain)
+
+    def signed_round(self, request: R) -> R:
+        """Return the request of another cipher round with its signature, which covers time stamp and iteration."""
+        signature = pss.sign(self.key, messages.of_round(request.timestamp or "", request.iteration))
+        if isinstance(request, SendClientListSign):
+            return replace(request, req_signature=signature)
+        return replace(request, signature=signature)
+
+    def list_signature(self, fl_ids: Sequence[str]) -> bytes:
+        """Sign the list of uploads."""
+        return pss.sign(self.key, messages.of_list(fl_ids))
+
+    def check_keys(self, peer: ClientPublicKeys, now: int) -> None:
+        """Verify that another device's keys are its own.
+
+        Its id must be that of its equipment, whose certificate our own equipment CA has signed.
+
+        Args:
+            peer: entry of the list of keys.
+            now: milliseconds since the epoch.
+
+        Raises:
+            Untrusted: they are not, or it cannot be told.
+        """
+        attestation, equipment = _pair_of(peer)
+        if fl_id_of(pem_form(equipment)) != peer.fl_id:
+            raise Untrusted("a client's id is not that of its equipment")
+        if not _signed(equipment, self.chain[2]) or not _signed(attestation, equipment):
+            raise Untrusted("a client's certificates are not of this device's authority")
+        moment = datetime.fromtimestamp(now / 1000, UTC)
+        for certificate in (attestation, equipment):
+            if not certificate.not_valid_before_utc <= moment <= certificate.not_valid_after_utc:
+                raise Untrusted("a client's certificate is not valid now")
+        message = messages.of_keys(peer.c_pk or b"", peer.s_pk or b"", peer.timestamp or "", peer.iteration)
+        _verify(attestation, peer.signature or b"", message)
+
+    def check_list(self, peer: ClientPublicKeys, signature: bytes, fl_ids: Sequence[str]) -> None:
+        """Verify a device's signature under the list of uploads.
+
+        Args:
+            peer: its entry of the list of keys, verified.
+            signature: of this device.
+            fl_ids: the list, in the order in which it was told.
+
+        Raises:
+            Untrusted: the device has signed something else.
+        """
+        _verify(_pair_of(peer)[0], signature, messages.of_list(fl_ids))
+
+
+def _pair_of(peer: ClientPublicKeys) -> tuple[x509.Certificate, x509.Certificate]:
+    """Return another device's key attestation and equipment certificate."""
+    chain = peer.certificate_chain or ()
+    if len(chain) < 2:
+        raise Untrusted("a client shows no certificates")
+    return read_bare(chain[0]), read_bare(chain[1])
+
+
+def _verify(certificate: x509.Certificate, signature: bytes, message: bytes) -> None:
+    if not pss.verify(pss.check_key(certificate.public_key()), signature, message):
+        raise Untrusted("a client's signature is wrong")
 
 
 def load_identity(chain: Path, key: Path | None = None, password: bytes = b"") -> DeviceIdentity:

@@ -12,17 +12,28 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from fedcore.errors import MalformedRequest
+from fedcore.compression import quant
+from fedcore.errors import MalformedRequest, NonFinite
 from fedcore.wire.arrays import Floats
 from fedcore.wire.codec import decode
 from fedcore.wire.messages import (
+    CipherRound,
+    CompressFeatureMap,
     CompressType,
     FeatureMap,
     FLPlan,
+    ReconstructSecret,
     Reply,
+    ResponseClientListSign,
+    ResponseExchangeKeys,
     ResponseFLJob,
     ResponseGetModel,
+    ResponseShareSecrets,
     ResponseUpdateModel,
+    ReturnAllClientListSign,
+    ReturnClientList,
+    ReturnExchangeKeys,
+    ReturnShareSecrets,
     Round,
 )
 
@@ -30,7 +41,6 @@ MAX_TEXT = 512  # bytes; longer bodies are never one of the texts below
 MAX_REASON = 200  # characters of foreign text that reach a log
 DEVICE_MODES = ("FEDERATED_LEARNING", "HYBRID_TRAINING")
 WORKER_MODES = ("CLOUD_TRAINING",)
-PLAIN = (None, "", "NOT_ENCRYPT")
 
 
 class Verdict(Enum):
@@ -53,11 +63,28 @@ class Judgement:
     reply: Reply | None = None
 
 
-_NOT_READY = {"startFLJob": Verdict.RESTART, "updateModel": Verdict.RESTART, "getModel": Verdict.WAIT}
+POLLING: tuple[CipherRound, ...] = ("getKeys", "getSecrets", "getClientList", "getListSign")
+CIPHER_REPLIES: Mapping[Round, type[Reply]] = {
+    "exchangeKeys": ResponseExchangeKeys,
+    "getKeys": ReturnExchangeKeys,
+    "shareSecrets": ResponseShareSecrets,
+    "getSecrets": ReturnShareSecrets,
+    "getClientList": ReturnClientList,
+    "pushListSign": ResponseClientListSign,
+    "getListSign": ReturnAllClientListSign,
+    "reconstructSecrets": ReconstructSecret,
+}
+
+_NOT_READY: Mapping[Round, Verdict] = {
+    "startFLJob": Verdict.RESTART,
+    "updateModel": Verdict.RESTART,
+    "getModel": Verdict.WAIT,
+    **dict.fromkeys(CIPHER_REPLIES, Verdict.WAIT),  # those who have shared secrets are needed until the end
+}
 _ALWAYS_OVER = dict.fromkeys(_NOT_READY, Verdict.OVER)
 _ALWAYS_RESTART = dict.fromkeys(_NOT_READY, Verdict.RESTART)
 
-TEXTS: Mapping[bytes, Mapping[str, Verdict]] = {
+TEXTS: Mapping[bytes, Mapping[Round, Verdict]] = {
     b"The cluster is in safemode.": _NOT_READY,
     b"The server's training job is not ready.": _NOT_READY,
     b"The server's training job is disabled or finished.": _ALWAYS_OVER,
@@ -68,12 +95,17 @@ CODES: Mapping[Round, Mapping[int, Verdict]] = {  # every other code: FAILED
     "startFLJob": {200: Verdict.SUCCESS, 300: Verdict.RESTART},
     "updateModel": {200: Verdict.SUCCESS, 300: Verdict.RESTART},
     "getModel": {200: Verdict.SUCCESS, 201: Verdict.WAIT, 300: Verdict.RESTART},
+    **{
+        name: {200: Verdict.SUCCESS, 300: Verdict.RESTART} | ({201: Verdict.WAIT} if name in POLLING else {})
+        for name in CIPHER_REPLIES
+    },
 }
 
-REPLIES: Mapping[Round, type[ResponseFLJob] | type[ResponseUpdateModel] | type[ResponseGetModel]] = {
+REPLIES: Mapping[Round, type[Reply]] = {
     "startFLJob": ResponseFLJob,
     "updateModel": ResponseUpdateModel,
     "getModel": ResponseGetModel,
+    **CIPHER_REPLIES,
 }
 
 PASSING_STATUS = (408, 425, 429)  # of the 4xx, those that a repeat may cure
@@ -92,7 +124,7 @@ def judge(round_: Round, status: int, body: bytes) -> Judgement:
     except MalformedRequest as error:
         return Judgement(Verdict.RESTART, f"the body is not a table: {error}")
     verdict = CODES[round_].get(reply.retcode, Verdict.FAILED)
-    return Judgement(verdict, f"{reply.retcode} {clip(reply.reason)}", reply)
+    return Judgement(verdict, f"{reply.retcode} {clip(getattr(reply, 'reason', None))}", reply)
 
 
 def clip(text: str | None) -> str:
@@ -104,12 +136,38 @@ def come_back(reply: Reply | None) -> int | None:
     """Return the next request time that a refusal names, in ms since the epoch, if it names one."""
     text = None
     match reply:
-        case ResponseFLJob() | ResponseUpdateModel():
-            text = reply.next_req_time
+        case None:
+            pass
         case ResponseGetModel():
             text = reply.timestamp
+        case _:
+            text = reply.next_req_time
     usable = text is not None and text.isascii() and text.isdigit() and len(text) < 17
     return int(text) if usable and text else None
+
+
+def weights_in(reply: ResponseFLJob | ResponseGetModel) -> dict[str, Floats]:
+    """Return the weights of a reply by name, in the order received, whichever way they are packed.
+
+    Raises:
+        MalformedRequest: as ``weights_of``, or what is packed cannot be read.
+    """
+    if reply.download_compress_type == CompressType.QUANT:
+        return weights_of(tuple(map(_restored, reply.compress_feature_map or ())))
+    if reply.download_compress_type == CompressType.NO_COMPRESS:
+        return weights_of(reply.feature_map)
+    raise MalformedRequest(f"the weights have the compress type {reply.download_compress_type}")
+
+
+def _restored(item: CompressFeatureMap) -> FeatureMap:
+    if item.compress_data is None:
+        return FeatureMap(item.weight_fullname)
+    try:
+        values = quant.restore(item)
+    except NonFinite as error:
+        raise MalformedRequest(str(error)) from error
+    values.flags.writeable = False  # as those that were decoded from a body
+    return FeatureMap(item.weight_fullname, values)
 
 
 def weights_of(items: tuple[FeatureMap, ...] | None) -> dict[str, Floats]:
@@ -138,13 +196,16 @@ def some_weights_of(items: tuple[FeatureMap, ...] | None) -> dict[str, Floats]:
     return weights
 
 
-def fault_of(reply: ResponseFLJob, plan: FLPlan, modes: Collection[str] = DEVICE_MODES) -> str:
-    """Say why whoever trains in these server modes cannot follow a plan; empty if it can."""
-    cipher = plan.cipher.encrypt_type if plan.cipher else None
+def fault_of(
+    reply: ResponseFLJob,
+    plan: FLPlan,
+    modes: Collection[str] = DEVICE_MODES,
+    downloads: Collection[int] = (CompressType.NO_COMPRESS,),
+) -> str:
+    """Say why whoever trains in these server modes and reads these types cannot follow a plan; empty if it can."""
     faults = {
         f"the server's mode is {plan.server_mode!r}": plan.server_mode not in modes,
-        f"the plan asks for {cipher!r}, this client trains NOT_ENCRYPT": cipher not in PLAIN,
-        "the weights are compressed unasked": reply.download_compress_type != CompressType.NO_COMPRESS,
+        "the weights are compressed unasked": reply.download_compress_type not in downloads,
         f"the iteration is {reply.iteration}": reply.iteration < 1,
         f"the plan has {plan.epochs} epochs": plan.epochs < 1,
         f"the plan's batch has {plan.mini_batch} samples": plan.mini_batch < 1,

@@ -10,21 +10,34 @@ Where we are kinder than the original device client:
 * a next_req_time that is missing, not a number or past means "after retry_time", growing with every repeat;
 * a failed connection or a passing HTTP error repeats the same bytes, all our rounds being idempotent.
 
-Times are milliseconds since the epoch, durations seconds. Only plain training is spoken (NOT_ENCRYPT, without
-compression); a plan that asks for more ends the session with that reason.
+How trained weights become an upload, and the chance that this needs, is the part of ``protection.py``; a plan that
+asks for what is not known ends the session with that reason. Times are milliseconds since the epoch, durations
+seconds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from enum import Enum, auto
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from fedclient.replies import DEVICE_MODES, Verdict, clip, come_back, fault_of, judge, weights_of
+from fedclient.cipher_session import CipherSigner, Masking, Refused
+from fedclient.protection import KNOWN, STABLE_MASKS, Protection, Terms
+from fedclient.replies import (
+    CIPHER_REPLIES,
+    DEVICE_MODES,
+    Verdict,
+    clip,
+    come_back,
+    fault_of,
+    judge,
+    weights_in,
+)
 from fedclient.steps import (
     Action,
     Evaluate,
@@ -47,11 +60,12 @@ from fedclient.steps import (
 )
 from fedclient.trainer import FitConfig, Weights
 from fedcore.errors import ArrayError, ConfigError, LocalError, MalformedRequest, NonFinite
-from fedcore.wire.arrays import Floats, Layout, all_finite, check_update
+from fedcore.wire.arrays import Floats, all_finite
 from fedcore.wire.codec import encode
 from fedcore.wire.messages import (
+    CipherReply,
+    CipherRound,
     CompressType,
-    FeatureMap,
     Reply,
     Request,
     RequestFLJob,
@@ -67,7 +81,7 @@ from fedcore.wire.messages import (
 )
 
 MAX_DATA_SIZE = 65_535  # training samples; more is refused by every server
-NO_COMPRESS = np.array([CompressType.NO_COMPRESS], np.int8)
+DOWNLOADS = (CompressType.NO_COMPRESS, CompressType.QUANT)  # types in which a device takes a model
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,29 +127,6 @@ class Policy:
         return min(base * 2.0 ** min(attempt - 1, 30), longest) * (1 + jitter / 2)
 
 
-def scaled(result: Weights, model: Weights, data_size: int) -> tuple[FeatureMap, ...]:
-    """Return trained weights as they travel: times the data size, in float32, in the order received.
-
-    Args:
-        result: name -> array of the model's number of elements; any non-empty subset of the model.
-        model: name -> float32[n], the global weights as received.
-        data_size: training samples.
-
-    Raises:
-        ShapeMismatch: an unknown weight, another size, or nothing at all.
-        NonFinite: NaN or infinity, possibly from the product.
-        TypeError, ValueError: not arrays of numbers.
-    """
-    factor = np.float32(data_size)
-    update = {}
-    with np.errstate(over="ignore", invalid="ignore"):
-        for name, values in result.items():
-            flat = np.asarray(values).reshape(-1)
-            update[name] = np.multiply(flat, factor, dtype=np.float32, casting="same_kind")
-    check_update(Layout.of(model), update)
-    return tuple(FeatureMap(name, update[name]) for name in model if name in update)
-
-
 def evaluation_of(vector: Floats | None) -> UnsupervisedEvalItems | None:
     """Return a trainer's evaluation vector as it travels, None if there is none.
 
@@ -168,6 +159,7 @@ class Phase(Enum):
     LOADING = auto()
     STARTING = auto()
     EVALUATING = auto()
+    EXCHANGING = auto()
     FITTING = auto()
     UPLOADING = auto()
     FETCHING = auto()
@@ -179,17 +171,23 @@ _WAITS_FOR: Mapping[Round, Phase] = {
     "startFLJob": Phase.STARTING,
     "updateModel": Phase.UPLOADING,
     "getModel": Phase.FETCHING,
+    **dict.fromkeys(CIPHER_REPLIES, Phase.EXCHANGING),
 }
 
 _Then = Callable[[int], Action]
 
 
-class Signer(Protocol):
+class Signer(CipherSigner, Protocol):
     """Signs the requests that a device must sign; see ``fedclient.identity``."""
 
     def signed_start(self, request: RequestFLJob) -> RequestFLJob: ...
 
     def signed_update(self, request: RequestUpdateModel) -> RequestUpdateModel: ...
+
+
+def _equal(one: Weights, other: Weights) -> bool:
+    """Tell whether two models are the same, bit for bit."""
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
 class Session:
@@ -201,6 +199,8 @@ class Session:
     """
 
     MODES: ClassVar[Collection[str]] = DEVICE_MODES  # of servers, in which this is how one takes part
+    PROTECTIONS: ClassVar[Collection[str]] = KNOWN  # encrypt types that can be followed
+    DOWNLOADS: ClassVar[Collection[CompressType]] = DOWNLOADS
 
     def __init__(
         self,
@@ -208,6 +208,7 @@ class Session:
         fl_id: str,
         policy: Policy | None = None,
         signer: Signer | None = None,
+        protection: Protection | None = None,
     ) -> None:
         self.iteration = 0
         self.model: dict[str, Floats] = {}
@@ -215,6 +216,12 @@ class Session:
         self._fl_id = fl_id
         self._policy = policy or Policy()
         self._signer = signer
+        self._protection = protection or Protection()
+        self._terms = Terms(0)  # of the iteration's upload
+        self._masking: Masking | None = None  # of the iteration, if its uploads are masked
+        self._masked_from: Weights = {}  # weights that the masking's iteration began with
+        self._due: list[CipherRound] = []  # the first of them is being asked
+        self._after_rounds: _Then | None = None
         self._sizes = Loaded(0)
         self._last_iteration = 1  # the plan's
         self._accuracy = 0.0  # stays so without evaluation data
@@ -272,6 +279,9 @@ class Session:
                     return self._succeeded(judgement.reply, now)
                 except MalformedRequest as error:
                     return self._restart(f"{reason}: {error}", None, now, jitter)
+                except Refused as error:
+                    self._masking = None
+                    return self._restart(f"{reason}: {error}", None, now, jitter)
             case Verdict.WAIT:
                 return self._poll(reason, now)
             case Verdict.RESTART:
@@ -285,18 +295,26 @@ class Session:
             case ResponseFLJob():
                 return self._started(reply, now)
             case ResponseUpdateModel():
-                self._poll_until = now + round(self._policy.poll_patience * 1000)
-                return self._ask_model(now)
+                self._protection.taken()
+                after = self._masking.after if self._masking else ()
+                return self._go_through(after, self._ask_first_model, now)
             case ResponseGetModel():
                 return self._received(reply, now)
-        raise MalformedRequest("no table")
+            case None:
+                raise MalformedRequest("no table")
+        return self._exchanged(reply, now)
 
     def _started(self, reply: ResponseFLJob, now: int) -> Action:
         plan = reply.fl_plan_config
         if plan is None:
             raise MalformedRequest("the reply holds no plan")
-        if fault := fault_of(reply, plan, self.MODES):
-            return self._finish(Outcome.FAILED, fault)
+        terms = Terms.of(reply)
+        faults = fault_of(reply, plan, self.MODES, self.DOWNLOADS), self._fault_of(terms)
+        if any(faults):
+            return self._finish(Outcome.FAILED, clip("; ".join(filter(None, faults))))
+        if reason := self._protection.exhausted(terms):
+            return self._finish(Outcome.STOPPED, reason)
+        self._terms = terms
         self._take(reply)
         self.iteration = reply.iteration
         self._last_iteration = plan.iterations
@@ -304,14 +322,18 @@ class Session:
         self._config = FitConfig(plan.epochs, plan.mini_batch, plan.lr, reply.iteration)
         return self._begin(now)
 
+    def _fault_of(self, terms: Terms) -> str:
+        """Say why an upload cannot be made under these terms; empty if it can."""
+        return terms.fault(self.PROTECTIONS)
+
     def _take(self, reply: ResponseFLJob) -> None:
         """Keep what the answer to startFLJob brings."""
-        self.model = weights_of(reply.feature_map)
+        self.model = weights_in(reply)
 
     def _begin(self, now: int) -> Action:
         """Go on from the global weights in ``model``."""
         if self._sizes.eval_data_size == 0:
-            return self._fit()
+            return self._prepare(now)
         self._phase = Phase.EVALUATING
         return Evaluate(self.model)
 
@@ -320,7 +342,63 @@ class Session:
         if accuracy is None:
             return self._finish(Outcome.FAILED, f"the accuracy is {clip(str(event.accuracy))}")
         self._accuracy = accuracy
-        return self._fit()
+        return self._prepare(now)
+
+    # -- cipher rounds
+
+    def _prepare(self, now: int) -> Action:
+        """Go through the rounds that come before the training, if there are any."""
+        self._masking = self._masking_of_iteration() if self._terms.is_masked else None
+        if self._masking is None:
+            return self._fit()
+        return self._go_through(self._masking.before, self._fit_once, now)
+
+    def _masking_of_iteration(self) -> Masking:
+        """Return what an earlier attempt at the same iteration has begun, or begin."""
+        known, terms = self._masking, self._terms
+        if known is not None and known.iteration == terms.iteration and _equal(self._masked_from, self.model):
+            return known
+        self._masked_from = self.model
+        return Masking(
+            self._fl_id,
+            terms.iteration,
+            terms.masks,
+            self._protection.random,
+            stable=terms.encrypt_type == STABLE_MASKS,
+            layout=self._protection.options.mask_layout,
+            signer=self._signer,
+        )
+
+    def _fit_once(self, now: int) -> Action:
+        """Train, or send again what was made under the same mask: two uploads under one mask would tell a lot."""
+        assert self._masking is not None
+        if self._masking.upload is None:
+            return self._fit()
+        return self._send_update(replace(self._masking.upload, timestamp=str(now)))
+
+    def _go_through(self, rounds: Iterable[CipherRound], then: _Then, now: int) -> Action:
+        """Go through cipher rounds one after the other."""
+        self._due, self._after_rounds = list(rounds), then
+        return self._next_round(now)
+
+    def _next_round(self, now: int) -> Action:
+        if not self._due:
+            assert self._after_rounds is not None
+            return self._after_rounds(now)
+        self._be_patient(now)
+        return self._ask_round(now)
+
+    def _ask_round(self, now: int) -> Action:
+        assert self._masking is not None
+        return self._send(self._due[0], self._masking.request(self._due[0], now))
+
+    def _exchanged(self, reply: CipherReply, now: int) -> Action:
+        assert self._masking is not None
+        self._masking.take(reply, now)
+        del self._due[0]
+        return self._next_round(now)
+
+    # -- training and upload
 
     def _fit(self) -> Action:
         assert self._config is not None
@@ -339,28 +417,39 @@ class Session:
             evaluation = evaluation_of(event.result.evaluation) if self._vector_wanted else None
         except (ArrayError, TypeError, ValueError) as error:
             return self._finish(Outcome.FAILED, f"the evaluation vector cannot be sent: {error}")
-        request = RequestUpdateModel(
+        request = replace(
+            upload,
             fl_name=self._fl_name,
             fl_id=self._fl_id,
             iteration=self.iteration,
-            feature_map=upload,
             timestamp=str(now),
             upload_loss=loss,
             upload_accuracy=self._accuracy,
             unsupervised_eval_items=evaluation,
         )
+        if self._masking is not None:
+            self._masking.upload = request
+        return self._send_update(request)
+
+    def _send_update(self, request: RequestUpdateModel) -> Action:
         return self._send("updateModel", self._signer.signed_update(request) if self._signer else request)
 
-    def _upload(self, trained: Weights) -> tuple[FeatureMap, ...]:
-        """Return what an updateModel carries; what it raises says that the weights cannot be sent."""
-        return scaled(trained, self.model, self._sizes.data_size)
+    def _upload(self, trained: Weights) -> RequestUpdateModel:
+        """Return the fields of an updateModel that carry weights; what it raises says that they cannot be sent."""
+        mask = None
+        if self._masking is not None:  # of all weights: the others' masks must find their counterparts
+            trained = {**self.model, **trained}
+            mask = self._masking.mask(list(self.model), self.model)
+        return self._protection.protect(self._terms, self.model, trained, self._sizes.data_size, mask)
 
     def _received(self, reply: ResponseGetModel, now: int) -> Action:
-        weights = weights_of(reply.feature_map)  # those not aggregated may be absent: they keep their values
+        weights = weights_in(reply)  # those not aggregated may be absent: they keep their values
         if any(name not in self.model or self.model[name].size != weights[name].size for name in weights):
             raise MalformedRequest("the new model is not that of startFLJob")
+        self._protection.completed(self._terms, self.model, weights)
         self.model = {**self.model, **weights}
         self._restarts = self._undated = 0
+        self._masking = None
         return self._pause(IterationDone(self.iteration, IterationOutcome.COMPLETED), self._next)
 
     def _io_failed(self, event: IoFailed, now: int, jitter: float) -> Action:
@@ -383,6 +472,8 @@ class Session:
     def _next(self, now: int) -> Action:
         if self.iteration >= self._last_iteration:
             return self._finish(Outcome.COMPLETED, f"iteration {self.iteration} was the last")
+        if reason := self._protection.exhausted(self._terms):  # before a place is taken
+            return self._finish(Outcome.STOPPED, reason)
         return self._ask_start(now)
 
     def _ask_start(self, now: int) -> Action:
@@ -392,14 +483,21 @@ class Session:
             iteration=self.iteration,
             data_size=self._declared_size,
             timestamp=str(now),
-            download_compress_types=NO_COMPRESS,
+            download_compress_types=self._offered(),
             eval_data_size=self._sizes.eval_data_size,
         )
         return self._send("startFLJob", self._signer.signed_start(request) if self._signer else request)
 
+    def _ask_first_model(self, now: int) -> Action:
+        self._be_patient(now)
+        return self._ask_model(now)
+
     def _ask_model(self, now: int) -> Action:
-        request = RequestGetModel(self._fl_name, self.iteration, str(now), NO_COMPRESS)
+        request = RequestGetModel(self._fl_name, self.iteration, str(now), self._offered())
         return self._send("getModel", request)
+
+    def _offered(self) -> npt.NDArray[np.int8]:
+        return np.array(self.DOWNLOADS, np.int8)
 
     def _send(self, round_: Round, message: Request) -> Action:
         return self._dispatch(Send(round_, encode(message)))
@@ -411,11 +509,19 @@ class Session:
 
     # -- detours
 
+    def _be_patient(self, now: int) -> None:
+        """Begin to wait for what a round asks for."""
+        self._poll_until = now + round(self._policy.poll_patience * 1000)
+
     def _poll(self, reason: str, now: int) -> Action:
+        assert self._request is not None
+        fetching = self._request.round == "getModel"
         if now >= self._poll_until:
-            waited = f"iteration {self.iteration} gave no model in {self._policy.poll_patience:g} s"
+            wanted = "no model" if fetching else f"no answer to {self._request.round}"
+            waited = f"iteration {self.iteration} gave {wanted} in {self._policy.poll_patience:g} s"
             return self._finish(Outcome.FAILED, f"{waited}: {reason}")
-        return self._pause(Sleep(self._policy.poll_interval, reason), self._ask_model)
+        again = self._ask_model if fetching else self._ask_round
+        return self._pause(Sleep(self._policy.poll_interval, reason), again)
 
     def _repeat(self, reason: str, now: int, jitter: float) -> Action:
         """Send the same bytes again after a pause."""
@@ -470,6 +576,8 @@ class Session:
         (Phase.EVALUATING, TrainerFailed): _trainer_failed,
         (Phase.FITTING, Fitted): _fitted,
         (Phase.FITTING, TrainerFailed): _trainer_failed,
+        (Phase.EXCHANGING, Replied): _replied,
+        (Phase.EXCHANGING, IoFailed): _io_failed,
         (Phase.UPLOADING, Replied): _replied,
         (Phase.UPLOADING, IoFailed): _io_failed,
         (Phase.FETCHING, Replied): _replied,

@@ -32,7 +32,7 @@ from fedcore.config import (
 from fedcore.config.crosscheck import redis_has_tls
 from fedcore.config.sample import render_sample, value_text
 from fedcore.config.settings import SECTIONS, UnsupervisedSettings
-from fedcore.config.support import MOST_COMPARED, reduced
+from fedcore.config.support import MOST_COMPARED, SERVED, reduced
 from fedcore.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -469,27 +469,61 @@ def test_masks_and_signs_are_never_compressed(load: Load) -> None:
         assert loaded.settings.compression.upload_compress_type is expected
 
 
+def test_cloud_workers_compress_nothing(load: Load) -> None:
+    sparse = ("upload_compress_type: NO_COMPRESS", "upload_compress_type: DIFF_SPARSE_QUANT")
+    loaded = load(sparse, ("server_mode: FEDERATED_LEARNING", "server_mode: CLOUD_TRAINING"))
+    assert loaded.settings.compression.upload_compress_type is UploadCompressType.NO_COMPRESS
+    assert (
+        "compression.upload_compress_type is set to NO_COMPRESS, as CLOUD_TRAINING needs it"
+        in loaded.warnings
+    )
+
+
 @pytest.mark.parametrize(
-    ("change", "fault"),
+    ("changes", "text"),
     [
         (
-            ("NOT_ENCRYPT", "DP_ENCRYPT"),
-            "encrypt.encrypt_type is DP_ENCRYPT, which this version cannot serve yet; it serves NOT_ENCRYPT",
+            [("NOT_ENCRYPT", "SIGNDS"), ("enable_ssl: False", "enable_ssl: False\nfedcore: {update: {norm_bound: 1.0}}")],
+            "fedcore.update.norm_bound measures updates, but with encrypt.encrypt_type SIGNDS each moves the model",
         ),
         (
-            ("upload_compress_type: NO_COMPRESS", "upload_compress_type: DIFF_SPARSE_QUANT"),
-            "compression.upload_compress_type is DIFF_SPARSE_QUANT, which this version cannot serve yet; "
-            "it serves NO_COMPRESS",
+            [("NOT_ENCRYPT", "SIGNDS"), ("server_mode: FEDERATED_LEARNING", "server_mode: CLOUD_TRAINING")],
+            "encrypt.encrypt_type SIGNDS is applied by devices, and with server_mode CLOUD_TRAINING cloud workers send",
         ),
         (
-            ("download_compress_type: NO_COMPRESS", "download_compress_type: QUANT"),
-            "compression.download_compress_type is QUANT, which this version cannot serve yet; it serves NO_COMPRESS",
+            [("NOT_ENCRYPT", "DP_ENCRYPT"), ("server_mode: FEDERATED_LEARNING", "server_mode: CLOUD_TRAINING")],
+            "encrypt.encrypt_type DP_ENCRYPT is applied by devices, and with server_mode CLOUD_TRAINING cloud workers",
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_served_is_refused(change: tuple[str, str], fault: str, load: Load) -> None:
-    assert unsupported(load(change).settings, Role.SERVER) == [fault]
-    assert unsupported(load(change).settings, Role.SCHEDULER) == []
+def test_a_protection_that_would_not_be_had_is_refused(
+    changes: list[tuple[str, str]], text: str, load: Load
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        load(*changes)
+    load(*changes, role=Role.SCHEDULER)  # it reads none of these keys
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("NOT_ENCRYPT", "DP_ENCRYPT"),
+        ("NOT_ENCRYPT", "SIGNDS"),
+        ("upload_compress_type: NO_COMPRESS", "upload_compress_type: DIFF_SPARSE_QUANT"),
+        ("download_compress_type: NO_COMPRESS", "download_compress_type: QUANT"),
+    ],
+)
+def test_protections_and_compressions_are_served(change: tuple[str, str], load: Load) -> None:
+    assert unsupported(load(change).settings, Role.SERVER) == []
+
+
+def test_what_cannot_be_served_is_refused(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SERVED, "encrypt.encrypt_type", (EncryptType.NOT_ENCRYPT,))
+    noisy = load(("NOT_ENCRYPT", "DP_ENCRYPT")).settings
+    assert unsupported(noisy, Role.SERVER) == [
+        "encrypt.encrypt_type is DP_ENCRYPT, which this version cannot serve yet; it serves NOT_ENCRYPT"
+    ]
+    assert unsupported(noisy, Role.SCHEDULER) == []
 
 
 @pytest.mark.parametrize("rule", AggregationType)

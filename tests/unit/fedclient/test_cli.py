@@ -16,7 +16,7 @@ from scripted_server import Script, ScriptedServer
 import fedclient
 from fedclient.__main__ import main, parse_settings
 from fedcore.wire.codec import decode
-from fedcore.wire.messages import RequestFLJob
+from fedcore.wire.messages import CipherPublicParams, DPParams, DSParams, RequestFLJob
 
 TRAINER = """
 from fedclient import FitResult
@@ -88,6 +88,31 @@ def test_a_job(run, job, names):
     ]
     request = decode(RequestFLJob, job.script.asked[0][1])
     assert (request.fl_name, request.fl_id, request.data_size) == ("job-1", "device-1", 7)
+
+
+def test_a_device_stops_before_its_budget_is_overspent(run):
+    cipher = CipherPublicParams("SIGNDS", None, DPParams(), DSParams(0.25, 5.0, 0.6, 0.1, 2))
+    script = Script(
+        *(
+            reply
+            for k in (1, 2, 3)
+            for reply in (
+                server.started(k, fl_plan_config=server.plan(cipher=cipher)),
+                server.updated(),
+                server.model(),
+            )
+        )
+    )
+
+    def answer(path, headers, body):
+        status, reply = script(path, body)
+        return status, {}, reply
+
+    with ScriptedServer(answer) as job:
+        result = run("--server", job.url, "--trainer", "adder_trainer:Adder", "--max-epsilon", "10", "--json")
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 2
+    assert len(script.asked) == 6, "it takes no place that it would not use"
 
 
 def test_several_servers(run, job):
@@ -219,6 +244,10 @@ def test_a_cloud_worker(run):
         (("--trainer", "adder_trainer:Stepper", "--rule", "fedavg"), "needs --sync-frequency"),
         ((*SILO, "--sync-frequency", "0"), "sync_frequency is 0"),
         ((*SILO, "--rule", "fedprox"), "iid_rate"),
+        ((*SILO, "--max-epsilon", "3"), "are for devices, not for cloud workers: leave --rule out"),
+        ((*SILO, "--error-feedback"), "are for devices, not for cloud workers: leave --rule out"),
+        (("--trainer", "adder_trainer:Adder", "--clip-floor", "0"), "clip_floor is 0.0 (a number above 0)"),
+        (("--trainer", "adder_trainer:Adder", "--max-epsilon", "-1"), "max_epsilon is -1.0"),
         ((*SILO, "--trainer", "adder_trainer:Adder"), "it has no step() (see fedclient.SiloTrainer)"),
     ],
 )

@@ -146,7 +146,6 @@ def test_adaptive_runs():
             {"encrypt_mode": "DP"},
             r"encrypt_mode must be in \('NOT_ENCRYPT', 'STABLE_PW_ENCRYPT'\), but got DP\.",
         ),
-        ({"encrypt_mode": "STABLE_PW_ENCRYPT"}, "STABLE_PW_ENCRYPT is not served"),
         ({"sync_type": "now and then"}, "sync_type"),
         ({"adaptive": Adaptive()}, "sync_type adaptive"),
         ({"sync_frequency": 0}, "sync_frequency"),

@@ -1,11 +1,14 @@
 """One device's session: what every answer of every round leads to, and that nothing ever confuses it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scripted_server as server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedclient.protection import PrivacyOptions, Protection
 from fedclient.session import Phase, Policy, Session
 from fedclient.steps import (
     Evaluate,
@@ -26,10 +29,13 @@ from fedclient.steps import (
     TrainerFailed,
 )
 from fedclient.trainer import FitConfig, FitResult
+from fedcore.compression import quant
 from fedcore.errors import ConfigError, LocalError
 from fedcore.wire.codec import decode
 from fedcore.wire.messages import (
     CipherPublicParams,
+    DPParams,
+    DSParams,
     FeatureMap,
     RequestFLJob,
     RequestGetModel,
@@ -46,8 +52,8 @@ RESTARTED, COMPLETED = IterationOutcome.RESTARTED, IterationOutcome.COMPLETED
 class Device:
     """A session, its latest action, and a clock that only sleeping moves."""
 
-    def __init__(self, policy=POLICY, data_size=4, eval_data_size=0):
-        self.session = Session("job", "device-1", policy)
+    def __init__(self, policy=POLICY, data_size=4, eval_data_size=0, privacy=None):
+        self.session = Session("job", "device-1", policy, protection=Protection(privacy))
         self.now = NOW
         self.action = None
         self.feed(Loaded(data_size, eval_data_size))
@@ -113,7 +119,7 @@ def test_requests_carry_what_the_protocol_asks_for():
     start = device.request()
     assert (start.fl_name, start.fl_id, start.data_size, start.eval_data_size) == ("job", "device-1", 7, 3)
     assert (start.timestamp, start.iteration) == (str(NOW), 0)
-    assert start.download_compress_types.tolist() == [0]
+    assert start.download_compress_types.tolist() == [0, 2]
     device.reply(server.started(5))
     assert isinstance(device.action, Evaluate)
     assert not device.action.weights["a.weight"].flags.writeable
@@ -170,7 +176,8 @@ ANSWERS = [
     ("startFLJob", 200, server.started(feature_map=(FeatureMap("a"),)), UNDATED, "startFLJob"),
     ("startFLJob", 200, server.started(feature_map=server.feature_map() * 2), UNDATED, "startFLJob"),
     ("startFLJob", 200, server.started(0), [], LAST),
-    ("startFLJob", 200, server.started(download_compress_type=2), [], LAST),
+    ("startFLJob", 200, server.started(download_compress_type=1), [], LAST),
+    ("startFLJob", 200, server.started(download_compress_type=2), UNDATED, "startFLJob"),
     ("startFLJob", 200, server.started(fl_plan_config=server.plan(server_mode="CLOUD_TRAINING")), [], LAST),
     ("startFLJob", 200, server.started(fl_plan_config=server.plan(epochs=0)), [], LAST),
     ("startFLJob", 200, server.started(fl_plan_config=server.plan(mini_batch=-1)), [], LAST),
@@ -236,6 +243,94 @@ def test_a_plan_that_asks_for_more_than_plain_training_is_not_followed(cipher):
     device.reply(server.started(fl_plan_config=server.plan(cipher=CipherPublicParams(cipher))))
     assert device.action == LAST
     assert cipher in device.action.reason
+
+
+NOISE = CipherPublicParams("DP_ENCRYPT", None, DPParams(8.0, 1e-5, 1.0), DSParams())
+SIGNS = CipherPublicParams("SIGNDS", None, DPParams(), DSParams(0.25, 5.0, 0.6, 0.1, 2))
+
+
+def started(cipher, iteration=1, **changes):
+    return server.started(iteration, fl_plan_config=server.plan(cipher=cipher), **changes)
+
+
+def test_noise_is_added_and_follows_the_models():
+    device = Device()
+    protection = device.session._protection
+    for iteration, bound in ((1, 0.05), (2, 3**0.5), (3, 3**0.5)):
+        assert protection.clip.bound == pytest.approx(bound)
+        device.reply(started(NOISE, iteration))
+        device.fitted()
+        update = device.request()
+        assert update.feature_map[1].data.size == 3
+        assert not np.array_equal(update.feature_map[1].data, server.MODEL["a.weight"] * 4 + 4)
+        device.reply(server.updated())
+        device.reply(
+            server.model(200, weights={"a.weight": server.MODEL["a.weight"] + np.float32(iteration)})
+        )
+        device.rest()
+    assert protection.spent.updates == 3
+
+
+def test_signs_are_sent_in_place_of_weights():
+    device = Device()
+    device.reply(started(SIGNS))
+    device.fitted()
+    update = device.request()
+    assert update.sign in (-1, 1)
+    assert update.index_array.size == 2
+    assert [item.data.size for item in update.feature_map] == [0, 0]
+    assert (update.fl_id, update.iteration, update.upload_loss) == ("device-1", 1, 0.5)
+
+
+def test_a_session_ends_before_its_budget_is_overspent():
+    device = Device(privacy=PrivacyOptions(max_epsilon=9.0))
+    device.reply(started(SIGNS))
+    device.fitted()
+    device.reply(server.updated())
+    device.reply(server.model())
+    device.rest()
+    assert device.action == Finished(Outcome.STOPPED), "without a place that it would not use"
+    assert "epsilon" in device.action.reason
+    device = Device(privacy=PrivacyOptions(max_epsilon=4.0))
+    assert device.reply(started(SIGNS)) == Finished(Outcome.STOPPED)
+
+
+def test_uploads_are_packed_as_the_server_says():
+    device = Device()
+    device.reply(server.started(upload_compress_type=1, upload_sparse_rate=0.5))
+    device.fitted()
+    update = device.request()
+    assert (update.upload_compress_type, update.upload_sparse_rate) == (1, 0.5)
+    assert update.feature_map is None
+    assert update.name_vec == ("b.bias", "a.weight")
+    assert sum(item.compress_data.size for item in update.compress_feature_map) == 2
+
+
+def test_models_may_come_packed():
+    packed = tuple(quant.compress(name, values) for name, values in server.MODEL.items())
+    as_packed = {"download_compress_type": 2, "feature_map": (), "compress_feature_map": packed}
+    device = Device()
+    device.reply(server.started(**as_packed))
+    assert isinstance(device.action, Fit)
+    assert list(device.action.weights) == list(server.MODEL)
+    for name, values in server.MODEL.items():
+        np.testing.assert_allclose(device.action.weights[name], values, atol=0.01)
+        assert not device.action.weights[name].flags.writeable
+    device.fitted()
+    device.reply(server.updated())
+    device.reply(server.model(200, **as_packed))
+    assert device.rest() == [IterationDone(1, COMPLETED)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"compress_data": None}, {"min_val": float("nan")}, {"max_val": -9.0}, {"weight_fullname": None}],
+)
+def test_packed_models_that_cannot_be_read_are_refusals(changes):
+    item = replace(quant.compress("a", np.float32([1, 2])), **changes)
+    device = Device()
+    device.reply(server.started(download_compress_type=2, feature_map=(), compress_feature_map=(item,)))
+    assert IterationDone(0, RESTARTED) in device.rest()
 
 
 @pytest.mark.parametrize("cipher", [None, CipherPublicParams(), CipherPublicParams("")])
