@@ -173,6 +173,7 @@ def cloud(
     *,
     hosts: int = 3,
     model: Mapping[str, np.ndarray] = MODEL,
+    encrypt: Mapping[str, Any] | None = None,
     **windows: int,
 ) -> Iterator[Cluster]:
     """Run the servers of a job: one by itself, or several, spread over some hosts."""
@@ -187,6 +188,8 @@ def cloud(
             "iid_rate": IID_RATE,
             "total_client_num": 3,
         }
+        if encrypt is not None:
+            cluster.settings["encrypt"] = dict(encrypt)
         cluster.settings["client"] = {
             "client_epoch_num": 1,
             "client_batch_size": BATCH,

@@ -1059,6 +1059,118 @@ class TestCandidate:
         assert not open_five.record(token)
 
 
+class TestMasks:
+    """What the scripts do for an iteration whose devices exchange keys, and help to take masks off."""
+
+    @pytest.fixture
+    def masked(self, open_five: Shared) -> Shared:
+        open_five.select("a")
+        open_five.select("b")
+        open_five.accept("a")
+        assert self.record(open_five, open_five.claimed(), "a1", Phase.UNMASKING)
+        return open_five
+
+    @staticmethod
+    def record(shared: Shared, token: str, digest: str, phase: Phase) -> bool:
+        counted = len(shared.run(shared.state.uploads(5)))
+        return shared.run(  # type: ignore[no-any-return]
+            shared.state.record_model(5, 1, token, digest, counted, phase, exchanged=True)
+        )
+
+    def test_the_masked_mean_is_named_before_the_model(self, masked: Shared) -> None:
+        now = masked.read().iteration
+        assert (now.phase, now.aggregate, now.digest) == (Phase.UNMASKING, "a1", "")
+        token, *named = masked.claim("node-2", now.token) or ("",)
+        assert named == [Phase.UNMASKING, "a1", ""]
+        assert not self.record(masked, now.token, "d1", Phase.CANDIDATE), "its finaliser is another one"
+        assert self.record(masked, token, "d1", Phase.CANDIDATE)
+        now = masked.read().iteration
+        assert (now.phase, now.aggregate, now.digest) == (Phase.CANDIDATE, "a1", "d1")
+
+    @pytest.mark.parametrize("phase", [Phase.UNMASKING, Phase.TRAINING])
+    def test_only_a_candidate_comes_after_it(self, masked: Shared, phase: Phase) -> None:
+        before = masked.status()
+        assert not self.record(masked, masked.read().iteration.token, "d1", phase)
+        assert masked.status() == before
+
+    def test_nothing_is_counted_or_taken_back_any_more(self, masked: Shared) -> None:
+        assert masked.accept("b", quorum=9)[0] is Acceptance.FULL
+        assert masked.accept("b", quorum=9, again=True)[0] is Acceptance.FULL
+        assert set(masked.run(masked.state.uploads(5))) == keys_of("a")
+
+    def test_it_is_never_reopened(self, masked: Shared) -> None:
+        before = masked.status()
+        token = masked.read().iteration.token
+        reopening = masked.state.reopen(5, 1, phase=Phase.UNMASKING, token=token, ledgers=["L1"])
+        assert masked.run(reopening) is None
+        assert masked.status() == before
+        assert masked.owner("L1") == "node-1"
+
+    def test_the_next_iteration_knows_nothing_of_it(self, masked: Shared) -> None:
+        token = masked.read().iteration.token
+        ending = masked.state.advance(
+            5, 1, phase=Phase.UNMASKING, success=False, result="why", finishes=False, token=token
+        )
+        assert masked.run(ending)
+        assert masked.read().iteration == Iteration(6, base="b0")
+        assert masked.read().run == ""
+
+    def test_the_first_place_says_which_redis_has_all_of_it(self, open_five: Shared) -> None:
+        assert open_five.read().run == ""
+        open_five.select("a")
+        assert open_five.read().run == open_five.redis.run_id != ""
+        open_five.set_status(run="of another one")
+        open_five.select("b")
+        assert open_five.read().run == "of another one"
+
+    def test_an_iteration_begun_with_another_redis_gets_no_model(self, open_five: Shared) -> None:
+        open_five.select("a")
+        open_five.accept("a")
+        token = open_five.claimed()
+        open_five.set_status(run="of another one")
+        for phase in (Phase.UNMASKING, Phase.CANDIDATE):
+            assert not self.record(open_five, token, "a1", phase)
+        assert open_five.record(token, "d1"), "where nothing was exchanged it does not matter"
+
+    def test_another_redis_may_not_go_on_with_one_that_was_brought_back(self, open_five: Shared) -> None:
+        """What devices exchanged is not brought back with it."""
+        open_five.select("a")
+        assert open_five.restore("L1", "a", "b") == 2
+        assert open_five.read().run == ""
+        open_five.select("c")
+        assert open_five.read().run == ""
+
+    def test_what_nobody_had_forgotten_does_not_matter(self, open_five: Shared) -> None:
+        open_five.select("a")
+        open_five.accept("a")
+        assert open_five.restore("L1", "a") == 0
+        assert open_five.read().run == open_five.redis.run_id
+
+    def test_a_raised_status_does_not_say_which_redis_it_is_of(self, open_five: Shared) -> None:
+        open_five.select("a")
+        remembered = known(Iteration(5, phase=Phase.UNMASKING, aggregate="a1", base="b0"), started_ago=1.0)
+        assert open_five.run(open_five.state.raise_to(remembered)) is Raised.RAISED
+        now = open_five.read()
+        assert (now.iteration.phase, now.iteration.aggregate, now.run) == (Phase.UNMASKING, "a1", "")
+
+    def test_unmasking_is_further_than_reducing_and_a_candidate_than_both(self, open_five: Shared) -> None:
+        for phase in (Phase.REDUCING, Phase.UNMASKING, Phase.CANDIDATE):
+            assert open_five.run(open_five.state.raise_to(known(Iteration(5, phase=phase)))) is Raised.RAISED
+        for phase in (Phase.REDUCING, Phase.UNMASKING):
+            assert open_five.run(open_five.state.raise_to(known(Iteration(5, phase=phase)))) is Raised.KEPT
+
+    def test_every_look_tells_how_far_the_rounds_are(self, open_five: Shared) -> None:
+        assert open_five.read().rounds == ()
+        seconds, micros = open_five.command("TIME")
+        now = int(seconds) * 1000 + int(micros) // 1000
+        rounds = open_five.state.keys.rounds(5)
+        open_five.command("HSET", rounds, "getKeys", 1, "getKeys:ms", now - 2_000)
+        open_five.command("HSET", rounds, "exchangeKeys", 3, "exchangeKeys:ms", now - 5_000)
+        (first, count, ago), (second, fewer, since) = open_five.read().rounds
+        assert (first, count, second, fewer) == ("exchangeKeys", 3, "getKeys", 1)
+        assert 5.0 <= ago < 60.0 and 2.0 <= since < 57.0
+
+
 class TestWorker:
     """push_weight.lua and push_metrics.lua: what a worker of hybrid training moves on."""
 
@@ -1298,6 +1410,7 @@ class TestReopen:
             "base": "b0",
             "fence": "1",
             "lost": "2",
+            "run": ready.redis.run_id,
         }
         assert not ready.advance(phase=Phase.CANDIDATE, token=token, base="d1"), "it is too late"
         assert not ready.advance(attempt=2, phase=Phase.CANDIDATE, token=token)

@@ -138,12 +138,14 @@ class Both:
             snapshot.iteration,
             [ago is None for ago in (snapshot.started_ago, snapshot.first_upload_ago, snapshot.sealed_ago)],
             (snapshot.fence, snapshot.epoch, snapshot.success, snapshot.result, snapshot.typical is None),
+            snapshot.run,
         )
         return real, (
             name,
             seen.iteration,
             [moment is None for moment in (seen.started, seen.first_upload, seen.sealed)],
             (seen.fence, seen.epoch, seen.success, seen.result, seen.typical is None),
+            seen.run,
         )
 
     @property
@@ -159,7 +161,7 @@ class Both:
         if self.elsewhere:
             return real, "missing"
         word, count = self.simulated.select_client(
-            number, fl_id, meta.pack(), places, fit, simulated.Reserve(*reserve)
+            number, fl_id, meta.pack(), places, fit, simulated.Reserve(*reserve), self.redis.run_id
         )
         return real, "missing" if word == "missing" else (word, count)
 
@@ -195,9 +197,11 @@ class Both:
     def record(self, data: st.DataObject) -> tuple[Any, Any]:
         place, token = self.draw_place(data), self.draw_token(data)
         updates = data.draw(st.integers(0, 3))
-        phase = data.draw(st.sampled_from([Phase.CANDIDATE, Phase.TRAINING]))
-        real = self.run(self.real.record_model(*place, token, "d1", updates, phase))
-        return real, self.simulated.record_model(*place, token, "d1", updates, phase)
+        phase = data.draw(st.sampled_from([Phase.CANDIDATE, Phase.TRAINING, Phase.UNMASKING]))
+        exchanged = data.draw(st.booleans())
+        real = self.run(self.real.record_model(*place, token, "d1", updates, phase, exchanged=exchanged))
+        run = self.redis.run_id if exchanged else ""
+        return real, self.simulated.record_model(*place, token, "d1", updates, phase, run)
 
     def push_weight(self, data: st.DataObject) -> tuple[Any, Any]:
         place, digest = self.draw_place(data), data.draw(st.sampled_from(["d2", "d3"]))

@@ -47,6 +47,7 @@ class Status:
     metrics: tuple[float, float] | None = None
     filled: float | None = None
     typical: float | None = None
+    run: str | None = None  # of Redis, "" if that has lost some of the iteration
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -59,7 +60,7 @@ class Status:
         self.attempt, self.phase = 1, Phase.COLLECTING
         self.token = self.digest = ""
         self.started = self.first_upload = self.sealed = self.filled = None
-        self.lost, self.updates, self.aggregate, self.metrics = 0, 0, "", None
+        self.lost, self.updates, self.aggregate, self.metrics, self.run = 0, 0, "", None, None
 
 
 _RANKS = {phase: rank for rank, phase in enumerate(Phase)}
@@ -88,6 +89,8 @@ class Seen:
     success: bool
     result: str
     typical: float | None = None
+    run: str = ""
+    rounds: tuple[tuple[str, int, float], ...] = ()
 
 
 class SharedState:
@@ -126,6 +129,9 @@ class SharedState:
         self.leases: dict[str, float] = {}
         self.completed: dict[int, float] = {}
         self.awaited: dict[int, dict[str, float]] = {}  # run of Redis -> who is awaited, since when
+        # of cipher rounds, by iteration: how many requests since when, and what was gathered, by client
+        self.rounds: dict[int, dict[str, tuple[int, float]]] = {}
+        self.gathered: dict[tuple[int, str], dict[str, bytes]] = {}
 
     def copy(self) -> SharedState:
         """Return the same state, apart."""
@@ -137,6 +143,8 @@ class SharedState:
             setattr(other, name, dict(getattr(self, name)))
         other.given_up = set(self.given_up)
         other.awaited = {run: dict(nodes) for run, nodes in self.awaited.items()}
+        other.rounds = {number: dict(rounds) for number, rounds in self.rounds.items()}
+        other.gathered = {place: dict(held) for place, held in self.gathered.items()}
         return other
 
     # ---- the whole
@@ -178,12 +186,14 @@ class SharedState:
             s.disabled,
         )
         times = (s.started, s.first_upload, s.sealed)
-        return Seen(iteration, *times, s.fence, s.epoch, s.success, s.result, s.typical)
+        rounds = tuple((name, *known) for name, known in self.rounds.get(s.number, {}).items())
+        rest = (s.fence, s.epoch, s.success, s.result, s.typical, s.run or "", rounds)
+        return Seen(iteration, *times, *rest)
 
     # ---- devices
 
     def select_client(
-        self, number: int, fl_id: str, meta: str, places: int, fit: bool, reserve: Reserve
+        self, number: int, fl_id: str, meta: str, places: int, fit: bool, reserve: Reserve, run: str = ""
     ) -> tuple[str, int]:
         status, client = self.status, key_of(fl_id)
         if status is None:
@@ -207,6 +217,7 @@ class SharedState:
             return "unfit", len(clients)
         if not clients:
             status.started = now
+            status.run = run if status.run is None else status.run
         clients[client] = meta
         self.waiting.pop(client, None)
         if len(clients) >= places:
@@ -355,6 +366,8 @@ class SharedState:
             0,
         )
         for client, meta in clients.items():
+            if client not in places or (ledger_id and client not in uploads):
+                status.run = ""
             places.setdefault(client, meta)
             if ledger_id and client not in uploads:
                 uploads[client] = ledger_id
@@ -386,18 +399,21 @@ class SharedState:
         digest: str,
         updates: int,
         phase: Phase = Phase.CANDIDATE,
+        run: str = "",
     ) -> bool:
         status = self._stands(number, attempt, Phase.REDUCING, token)
-        if status is None or status.running is not RUNNING:
+        if phase is Phase.CANDIDATE:
+            status = status or self._stands(number, attempt, Phase.UNMASKING, token)
+        if status is None or status.running is not RUNNING or (run and run != status.run):
             return False
         if len(self.uploads.get(number, {})) != updates:
             return False
         status.phase, status.updates = phase, updates
-        if phase is Phase.TRAINING:
-            status.aggregate = digest
-            self.told("training")
-        else:
+        if phase is Phase.CANDIDATE:
             status.digest = digest
+        else:
+            status.aggregate = digest
+            self.told(phase.value)
         return True
 
     def push_weight(self, number: int, attempt: int, aggregate: str, digest: str) -> bool:
@@ -443,7 +459,7 @@ class SharedState:
     ) -> int | None:
         """reopen.lua; None where it answers {0, 0}."""
         status = self._stands(number, attempt, phase, token)
-        if status is None or status.running is not RUNNING:
+        if status is None or status.running is not RUNNING or phase is Phase.UNMASKING:
             return None
         gone = set(ledgers)
         self.owners.update(dict.fromkeys(gone, REVOKED))

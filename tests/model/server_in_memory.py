@@ -26,6 +26,7 @@ from model.cluster import Reserve, Seen, SharedState, Store, key_of
 from twisted.internet import defer
 
 from fedcore.config import Settings
+from fedcore.config.settings import MaskLayout
 from fedcore.core.iteration import Iteration, Phase
 from fedcore.core.job import RunningState
 from fedcore.core.node_id import address_of, host_of
@@ -49,7 +50,9 @@ from fedcore.services.publication import Publication
 from fedcore.services.reduction import Reduction
 from fedcore.services.reporting import IterationEnd, Reporter
 from fedcore.services.terms import ledger_shape
+from fedcore.services.unmasking import Unmasking
 from fedcore.services.update_intake import UpdateIntake
+from fedcore.store.cluster_state import CIPHER_ROUNDS
 from fedcore.store.redis import Argument
 from fedcore.wire import codec
 from fedcore.wire.arrays import Layout, Weight
@@ -250,6 +253,9 @@ class RecordedStore(Store):
             fields |= {} if moment is None else {field: int(moment)}
         if seen.typical is not None:
             fields["typicalMs"] = int(seen.typical)
+        fields["run"] = seen.run
+        for round_name, requests, first in seen.rounds:
+            fields |= {round_name: requests, f"{round_name}:ms": int(first)}
         flat = [part for item in fields.items() for part in (item[0].encode(), str(item[1]).encode())]
         return [name.encode(), int(self.clock()), now.selected, now.uploaded, *flat]
 
@@ -285,8 +291,10 @@ class RecordedStore(Store):
         return int(state.create_status(number, success == 1, result, RunningState(running), base, *epoch))
 
     def _select_client(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
-        number, client, meta, places, fit, _, *reserve, _ = words
-        word, taken = state.select_client(number, self._id(client), meta, places, fit == 1, Reserve(*reserve))
+        number, client, meta, places, fit, _, *reserve, _, run = words
+        word, taken = state.select_client(
+            number, self._id(client), meta, places, fit == 1, Reserve(*reserve), run
+        )
         return [word.encode(), taken]
 
     def _reserve_place(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
@@ -318,8 +326,8 @@ class RecordedStore(Store):
         return [part.encode() for part in state.claim_reduction(*words) or ()]
 
     def _record_model(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
-        *given, phase, _ = words
-        return int(state.record_model(*given, Phase(phase)))
+        *given, phase, _, run = words
+        return int(state.record_model(*given, Phase(phase), run))
 
     def _push_weight(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
         _, number, attempt, aggregate, digest, ms, instance = words
@@ -348,6 +356,9 @@ class RecordedStore(Store):
 
     def _finish(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
         return int(state.finish(words[1]))
+
+    def _release_cipher(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
+        return int(state.rounds.pop(int(words[0]), None) is not None)
 
     def _rebase(self, state: RecordedState, keys: Sequence[str], words: Sequence[Any]) -> bytes:
         _, number, before, after, _, result, finishes = words
@@ -409,6 +420,13 @@ class RecordedStore(Store):
                 return [part.encode() for item in state.owners.items() for part in item]
             case "HGETALL", "uploads":
                 return [part.encode() for item in state.uploads_of(int(parts[3])).items() for part in item]
+            case "HKEYS", "uploads":
+                return [client.encode() for client in state.uploads_of(int(parts[3]))]
+            case (("HVALS" | "HKEYS" | "HGETALL"), round_name) if round_name in CIPHER_ROUNDS:
+                gathered = state.gathered.get((int(parts[3]), round_name), {})
+                named = {client.encode(): what for client, what in gathered.items()}
+                whole = [part for item in named.items() for part in item]
+                return {"HVALS": list(named.values()), "HKEYS": list(named), "HGETALL": whole}[str(verb)]
             case "HMGET", ("clients" | "uploads") as kind:
                 held = {"clients": state.clients, "uploads": state.uploads}[kind].get(int(parts[3]), {})
                 return [held[str(client)].encode() if client in held else None for client in fields]
@@ -838,6 +856,7 @@ class Server:
             LossJudge(node_id, self.ledgers, peers, reactor),
             reporter,
             metrics,
+            Unmasking(TEMPLATE, MaskLayout.CONTIGUOUS, metrics, reactor),
         )
         self.driver = IterationDriver(node_id, settings, parts, lambda: f"i_{start:03d}", reactor)
         self.driver.on_fatal = self._fatal

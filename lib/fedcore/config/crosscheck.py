@@ -6,16 +6,28 @@ than the operator has asked for.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fedcore.config.address import UnixAddress
 from fedcore.config.keys import SERVER_ROLES, Role
-from fedcore.config.settings import AggregationType, EncryptType, RedisTls, ServerMode, Settings
+from fedcore.config.settings import (
+    AggregationType,
+    EncryptType,
+    RedisTls,
+    ServerMode,
+    Settings,
+    UploadCompressType,
+)
 from fedcore.core.quorum import update_threshold
 from fedcore.pki.clients import ClientCertificates
+from fedcore.secagg import thresholds
 
 _MASK_TYPES = (EncryptType.PW_ENCRYPT, EncryptType.STABLE_PW_ENCRYPT)
 # exchangeKeys getKeys shareSecrets getSecrets getClientList reconstructSecrets, and the stable kind's two
 _CIPHER_ROUNDS = {EncryptType.PW_ENCRYPT: 6, EncryptType.STABLE_PW_ENCRYPT: 2}
 _WORKER_TYPES = (EncryptType.NOT_ENCRYPT, EncryptType.STABLE_PW_ENCRYPT)  # all that a cloud worker knows
+_DEVICE_NOISE = (EncryptType.DP_ENCRYPT, EncryptType.SIGNDS)
+_UNCOMPRESSED = (EncryptType.SIGNDS, EncryptType.PW_ENCRYPT, ServerMode.CLOUD_TRAINING)
 _WORKER_RULES = (AggregationType.SCAFFOLD, AggregationType.FEDNOVA)  # no device uploads what they add up
 _WILDCARDS = ("0.0.0.0", "::")
 
@@ -28,13 +40,63 @@ def redis_has_tls(settings: Settings) -> bool:
     return own.tls is RedisTls.ON or (own.tls is RedisTls.AUTO and settings.enable_ssl)
 
 
+def in_force(settings: Settings) -> Settings:
+    """Return settings without what cannot be had together: uploads are then not compressed, see ``forced``."""
+    if not forced(settings):
+        return settings
+    plain = replace(settings.compression, upload_compress_type=UploadCompressType.NO_COMPRESS)
+    return replace(settings, compression=plain)
+
+
+def forced(settings: Settings) -> list[str]:
+    """What ``in_force`` changes: one warning each.
+
+    Masked and signed uploads cannot be compressed, and the original forces the type as well; cloud workers know of no
+    compression.
+    """
+    if settings.compression.upload_compress_type is UploadCompressType.NO_COMPRESS:
+        return []
+    protection, mode = settings.encrypt.encrypt_type, settings.server_mode
+    reason = protection if protection in _UNCOMPRESSED else mode if mode in _UNCOMPRESSED else None
+    if reason is None:
+        return []
+    return [f"compression.upload_compress_type is set to NO_COMPRESS, as {reason} needs it"]
+
+
 def cross_faults(settings: Settings) -> list[str]:
     """Combinations that no role can start on.
 
     Returns:
         One sentence per fault.
     """
-    return [*_client_certificates(settings), *(_redis_files(settings) if redis_has_tls(settings) else [])]
+    return [
+        *_client_certificates(settings),
+        *(_redis_files(settings) if redis_has_tls(settings) else []),
+        *protection_faults(settings),
+    ]
+
+
+def protection_faults(settings: Settings) -> list[str]:
+    """Combinations that would promise devices or operators a protection that they do not get.
+
+    They are judged again for what the cluster's hyper-parameters put in place of a file's.
+
+    Returns:
+        One sentence per fault.
+    """
+    protection, faults = settings.encrypt.encrypt_type, []
+    if protection is EncryptType.SIGNDS and settings.fedcore.update.norm_bound:
+        faults.append(
+            "fedcore.update.norm_bound measures updates, but with encrypt.encrypt_type SIGNDS each moves the model "
+            "equally far, by sign_global_lr in every dimension sent: set it to 0"
+        )
+    if protection in _DEVICE_NOISE and settings.server_mode is ServerMode.CLOUD_TRAINING:
+        faults.append(
+            f"encrypt.encrypt_type {protection} is applied by devices, and with server_mode {settings.server_mode} "
+            f"cloud workers send their updates without it: set it to {EncryptType.NOT_ENCRYPT} or "
+            f"{EncryptType.STABLE_PW_ENCRYPT}"
+        )
+    return faults
 
 
 def _client_certificates(settings: Settings) -> list[str]:
@@ -130,7 +192,23 @@ def _quorums(settings: Settings) -> list[str]:
             f"encrypt.pw_encrypt.reconstruct_secrets_threshold {helpers - 1} needs {helpers} clients, but "
             f"{needed} uploads complete an iteration: masks could not be removed"
         )
-    return found
+    return [*found, *_secrecy(settings)]
+
+
+def _secrecy(settings: Settings) -> list[str]:
+    """A server that told two halves of the clients two lists would learn both secrets of somebody."""
+    if settings.encrypt.encrypt_type is not EncryptType.PW_ENCRYPT:
+        return []
+    asked, places = settings.encrypt.pw_encrypt, settings.round.start_fl_job_threshold
+    needed = update_threshold(places, settings.round.update_model_ratio)
+    threshold = asked.reconstruct_secrets_threshold
+    members = thresholds.of(places, needed, asked.share_secrets_ratio, threshold, signed=False).exchange_keys
+    if 2 * threshold > members:
+        return []
+    return [
+        f"encrypt.pw_encrypt.reconstruct_secrets_threshold {threshold} is not more than half of the {members} clients "
+        f"that exchange keys: whoever has two groups of {threshold} of them on his side can unmask single updates"
+    ]
 
 
 def _rules(settings: Settings) -> list[str]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fedcore.config.crosscheck import cross_checks, cross_faults
+from fedcore.config.crosscheck import cross_checks, cross_faults, forced, in_force
 from fedcore.config.document import Document, Given, read_document
 from fedcore.config.keys import Key, Kind, Role, plain_text
-from fedcore.config.settings import KEYS, SECTIONS, EncryptType, EvalType, Settings, UploadCompressType
+from fedcore.config.settings import KEYS, SECTIONS, EvalType, Settings
 from fedcore.config.support import reduced
 from fedcore.core.quorum import to_float32
 from fedcore.errors import ConfigError
@@ -66,7 +66,9 @@ def load_settings(path: Path, role: Role) -> LoadedSettings:
         raise ConfigError(
             "\n".join(_one_line(line) for line in [*faults, *(f"warning: {w}" for w in warnings)])
         )
-    settings = _without_useless_compression(_assemble(Settings, check.values), warnings)
+    given = _assemble(Settings, check.values)
+    settings = in_force(given)
+    warnings += forced(given)
     if faults := cross_faults(settings):
         raise ConfigError("\n".join(f"{fault}, yaml config file: {path}" for fault in faults))
     warnings += [*cross_checks(settings, role), *reduced(settings, role)]
@@ -215,15 +217,3 @@ def _assemble(cls: type[Any], values: Mapping[str, object], prefix: str = "") ->
             for member in fields(cls)
         }
     )
-
-
-def _without_useless_compression(settings: Settings, warnings: list[str]) -> Settings:
-    """Masked and signed uploads cannot be compressed: the type is forced, as in the original."""
-    protection = settings.encrypt.encrypt_type
-    compression = settings.compression
-    forced = protection in (EncryptType.SIGNDS, EncryptType.PW_ENCRYPT)
-    if not forced or compression.upload_compress_type is UploadCompressType.NO_COMPRESS:
-        return settings
-    warnings.append(f"compression.upload_compress_type is set to NO_COMPRESS, as {protection} needs it")
-    plain = replace(compression, upload_compress_type=UploadCompressType.NO_COMPRESS)
-    return replace(settings, compression=plain)

@@ -116,6 +116,13 @@ class SumDevice(StrEnum):
     CUDA = "cuda"
 
 
+class MaskLayout(StrEnum):
+    """Which value of a mask goes with which value of the model."""
+
+    CONTIGUOUS = "contiguous"
+    PER_LAYER = "per_layer"
+
+
 class NormAction(StrEnum):
     """What becomes of an update beyond the bound."""
 
@@ -756,6 +763,11 @@ class UpdateSettings:
         "it gets no place.",
         limits=Limits(1, 65535),
     )
+    unsigned_signds: bool = option(
+        True,
+        "With SIGNDS, count updates whose sign is 0, as MindSpore Federated does: they carry all weights, unprotected. "
+        "false: they are refused. All servers of a job should have the same.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -790,6 +802,18 @@ class SumSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class SecureAggregationSettings:
+    """How masks lie over the model, with encrypt_type PW_ENCRYPT."""
+
+    mask_layout: MaskLayout = option(
+        MaskLayout.CONTIGUOUS,
+        "Which values of a mask go with a weight; the same on all servers and devices of a job. contiguous: each "
+        "weight takes the values after those of the weight before it. per_layer: each weight takes a mask's first "
+        "values, as the Java client of MindSpore Federated 0.1 does; that tells how two weights of one device differ.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class LogSettings:
     """The log."""
 
@@ -811,6 +835,9 @@ class FedcoreSettings:
     update: UpdateSettings = section(UpdateSettings, "How much one client may move the model.")
     ledger: LedgerSettings = section(LedgerSettings, "Where accepted uploads wait for their merge.")
     aggregation: SumSettings = section(SumSettings, "Where the sums of servers become a model.")
+    secure_aggregation: SecureAggregationSettings = section(
+        SecureAggregationSettings, "How masks lie over the model, with encrypt_type PW_ENCRYPT."
+    )
     log: LogSettings = section(LogSettings, "The log.")
 
 

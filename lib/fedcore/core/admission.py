@@ -76,10 +76,12 @@ class Acceptance(StrEnum):
     UNKNOWN_CLIENT = "unknown"
     OTHER_ITERATION = "other"
     UNFIT = "unfit"  # everything shared allows it, but its weights may not count
+    UNPREPARED = "unprepared"  # it must be masked, and its client did not end the cipher rounds
+    CHANGED = "changed"  # it is masked, and is not what its client sent under the same masks before
 
 
 # Whose sender needs a place when it comes again; OTHER_ITERATION means that it has one in the current iteration.
-NEEDS_PLACE = (Acceptance.FULL, Acceptance.UNKNOWN_CLIENT)
+NEEDS_PLACE = (Acceptance.FULL, Acceptance.UNKNOWN_CLIENT, Acceptance.UNPREPARED)
 
 
 class Standing(StrEnum):
@@ -153,6 +155,7 @@ def judge_update(
     next_req_time: int,
     *,
     too_far: bool = False,
+    missing: str = "",
 ) -> Verdict:
     """Answer an updateModel from the store's word.
 
@@ -164,6 +167,7 @@ def judge_update(
         next_req_time: milliseconds since the epoch, for the text.
         too_far: the update is unfit only because it is too far from the model. An unmodified device ends for good after
             a 400; it may have trained in good faith, and comes back after a 300.
+        missing: the weight that the update is unfit without, "" if that is not the reason.
     """
     match acceptance:
         case Acceptance.ACCEPTED | Acceptance.REPEATED:
@@ -178,7 +182,13 @@ def judge_update(
                 f"UpdateModel iteration number is invalid:{requested}, current iteration:{current}, "
                 f"Retry later at time: {next_req_time}, fl id is {fl_id}",
             )
+        case Acceptance.UNPREPARED:
+            return Verdict(300, f"fl_id: {fl_id} is not in get_secrets_clients. Please retry later.")
+        case Acceptance.CHANGED:
+            return Verdict(300, f"Updating metadata of UpdateModelClientList failed for fl id {fl_id}")
         case Acceptance.UNFIT if too_far:
             return Verdict(300, f"The update is too far from the model, retry later at time: {next_req_time}")
+        case Acceptance.UNFIT if missing:
+            return Verdict(400, f"The updated weight of parameter {missing} is missing, fl id: {fl_id}")
         case Acceptance.UNFIT:
             return Verdict(400, f"Verify model feature map failed, retry later at time: {next_req_time}")

@@ -8,6 +8,13 @@ In hybrid training a worker trains the mean of the updates further, between redu
 
     reducing -> training -> trained -> candidate
 
+With pairwise masks the mean of the updates is masked, and devices help to take the rest of the masks off:
+
+    reducing -> unmasking -> candidate
+
+There are no further attempts from unmasking on: the list of those whose updates count is told to devices once and never
+changes, for two lists would have them tell both secrets of one client.
+
 ``step(state, event, now, policy)`` gives the next state and the effects to perform; everything that can change the
 phase is in TABLE below. Redis holds the authority: an effect such as Seal is a compare-and-set there, and the
 machine moves on with the event that reports its success. A lost compare-and-set is reported as Observed, with what
@@ -29,6 +36,11 @@ from fedcore.errors import LocalError
 
 SUCCESS = "Weight aggregation finished! This iteration is valid. Proceed to next iteration."
 TRAINED_SUCCESS = "Push metrics finished! This iteration is valid. Proceed to next iteration."
+UNMASKED_SUCCESS = "Weight unmask finished! This iteration is valid. Proceed to next iteration."
+
+EXCHANGE_ROUNDS = ("exchangeKeys", "getKeys", "shareSecrets", "getSecrets")  # before the updates
+REPORTS_ROUND = "reconstructSecrets"
+UNMASK_ROUNDS = ("getClientList", "pushListSign", "getListSign", REPORTS_ROUND)  # after them
 
 
 def round_timeout(round_name: str) -> str:
@@ -67,19 +79,32 @@ def status_lost(number: int) -> str:
     return f"The instance status info stored in distributed cache is empty, current iteration: {number}"
 
 
+def unmask_failed(number: int) -> str:
+    """Result text of an iteration whose devices' reports did not give the masks in time."""
+    return f"Failed to unmask, current iteration: {number}"
+
+
+def exchange_lost(number: int) -> str:
+    """Result text of an iteration whose devices' keys and shares may be gone from the shared state; ours."""
+    return f"Redis started anew while keys and shares were exchanged, current iteration: {number}"
+
+
 class Phase(StrEnum):
     """Step within an iteration; the values are what Redis holds."""
 
     COLLECTING = "collecting"
     SEALED = "sealed"
     REDUCING = "reducing"
+    UNMASKING = "unmasking"
     TRAINING = "training"
     TRAINED = "trained"
     CANDIDATE = "candidate"
 
 
 WITH_WORKER = (Phase.TRAINING, Phase.TRAINED)  # the mean of the updates is with the worker
-MADE = (*WITH_WORKER, Phase.CANDIDATE)  # the updates have become a model
+AWAITING = (Phase.UNMASKING, *WITH_WORKER)  # the mean of the updates waits for devices, or for a worker
+MADE = (*AWAITING, Phase.CANDIDATE)  # the updates have become a model
+TIMED = (Phase.COLLECTING, *AWAITING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +119,9 @@ class Policy:
         global_window: seconds from the first startFLJob to the quorum.
         last_iteration: the job's ``fl_iteration_num``.
         hybrid: whether a worker trains the mean of the updates further before it is published.
+        unmask: whether devices help to take masks off the mean of the updates before it is published.
+        cipher_window: seconds from the first to the last counted request of each cipher round.
+        cipher_rounds: the cipher rounds that there are, and how many requests complete each.
     """
 
     start_threshold: int
@@ -103,6 +131,28 @@ class Policy:
     global_window: float
     last_iteration: int
     hybrid: bool = False
+    unmask: bool = False
+    cipher_window: float = 0.0
+    cipher_rounds: tuple[tuple[str, int], ...] = ()
+
+    def completes(self, round_name: str) -> int:
+        """Return how many requests complete a cipher round, 0 if there is no such round."""
+        return dict(self.cipher_rounds).get(round_name, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class CipherRound:
+    """How far a cipher round has come.
+
+    Attributes:
+        name: as in the path of its requests.
+        count: requests that are counted.
+        first: time of the first of these.
+    """
+
+    name: str
+    count: int
+    first: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +168,14 @@ class Iteration:
         started: time of the first startFLJob, or None.
         first_upload: time of the first accepted updateModel, or None.
         token: fencing token of the finaliser, or "".
-        aggregate: digest of the mean of the updates, which a worker is to train further, or "".
+        aggregate: digest of the mean of the updates, which a worker is to train further or masks are to be taken off,
+            or "".
         digest: digest of the candidate model, or of the one that a worker has trained, or "".
         base: digest of the model that devices train from, "" if the shared state does not say.
         metrics: loss and accuracy that the worker tells of its model, or None.
         lost: updates of this iteration that were counted and then lost with their servers.
         interrupted: whether the job's being disabled has ended an iteration already.
+        rounds: the cipher rounds that have begun.
     """
 
     number: int
@@ -141,11 +193,16 @@ class Iteration:
     metrics: tuple[float, float] | None = None
     lost: int = 0
     interrupted: bool = False
+    rounds: tuple[CipherRound, ...] = ()
 
     @property
     def changing(self) -> bool:
         """Whether the quorum is reached and the next iteration is on its way."""
         return self.phase is not Phase.COLLECTING
+
+    def round_named(self, name: str) -> CipherRound | None:
+        """Return how far a cipher round has come, None if it has not begun."""
+        return next((known for known in self.rounds if known.name == name), None)
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -202,7 +259,7 @@ class ReductionClaimed:
 
 @dataclass(frozen=True, slots=True)
 class ModelReduced:
-    """The sum of all updates became a model."""
+    """The sum of all updates became a model; or what is left of it without the masks."""
 
     digest: str
 
@@ -215,8 +272,13 @@ class ReductionFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class NotUnmasked:
+    """The reports that have come do not give the masks yet; further ones may."""
+
+
+@dataclass(frozen=True, slots=True)
 class AggregateRecorded:
-    """The shared state names the digest of what the worker is to train further."""
+    """The shared state names the digest of what a worker is to train further, or masks are to be taken off."""
 
     digest: str
 
@@ -267,6 +329,7 @@ class Observed:
         result: why it ended.
         orphaned: whether the finaliser is another server, and gone.
         fresh: whether nothing was counted here since the look: then it is right even where it says less.
+        severed: whether what devices exchanged in this iteration may be gone: the shared state may have lost data.
     """
 
     iteration: Iteration
@@ -275,6 +338,7 @@ class Observed:
     result: str
     orphaned: bool = False
     fresh: bool = False
+    severed: bool = False
 
 
 # ---- effects: what is to be done
@@ -309,8 +373,17 @@ class Reduce:
 
 
 @dataclass(frozen=True, slots=True)
+class Unmask:
+    """Take the masks off the aggregate by what devices have reported; report ModelReduced or NotUnmasked."""
+
+    number: int
+    attempt: int
+    aggregate: str
+
+
+@dataclass(frozen=True, slots=True)
 class RecordAggregate:
-    """Name the digest of what the worker is to train further in the shared state; report AggregateRecorded."""
+    """Name the digest of the mean of the updates, no model yet, in the shared state; report AggregateRecorded."""
 
     number: int
     attempt: int
@@ -320,7 +393,7 @@ class RecordAggregate:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Hold the model that the worker is to train, or has trained, for as long as the worker takes."""
+    """Hold what a worker or devices are at work on, or the worker has trained, for as long as that takes."""
 
     number: int
     attempt: int
@@ -420,6 +493,7 @@ Event = (
     | ReductionClaimed
     | ModelReduced
     | ReductionFailed
+    | NotUnmasked
     | AggregateRecorded
     | CandidateRecorded
     | CandidateSpread
@@ -431,6 +505,7 @@ Effect = (
     Seal
     | ClaimReduction
     | Reduce
+    | Unmask
     | RecordAggregate
     | Keep
     | RecordCandidate
@@ -467,22 +542,32 @@ def deadline(state: Iteration, policy: Policy) -> tuple[float, str] | None:
     """Return when the iteration fails for want of time, and with which result; None while no clock runs.
 
     A round's clock runs from its first to its last counted request, the global one from the first startFLJob.
-    From the quorum on nothing depends on devices, and only while a worker has the model the global clock runs again.
-    Without the updates that it lost an iteration might have been in time, so their loss is the reason then.
+    From the quorum on nothing depends on devices, and only while a worker has the model, or devices help to take masks
+    off it, the global clock runs again. Without the updates that it lost an iteration might have been in time, so their
+    loss is the reason then.
     """
-    if state.started is None:
-        return None
-    if state.phase in WITH_WORKER:
-        return state.started + policy.global_window, GLOBAL_TIMEOUT
-    if state.phase is not Phase.COLLECTING or _complete(state, policy):
+    if state.started is None or state.phase not in TIMED:
         return None
     clocks = [(state.started + policy.global_window, GLOBAL_TIMEOUT)]
+    if state.phase is not Phase.COLLECTING:
+        return min(clocks + _cipher_clocks(state, policy, UNMASK_ROUNDS))
+    if _complete(state, policy):
+        return None
     if state.selected < policy.start_threshold:
         clocks.append((state.started + policy.start_window, round_timeout("startFLJob")))
     if state.first_upload is not None:
         clocks.append((state.first_upload + policy.update_window, round_timeout("updateModel")))
-    at, result = min(clocks)
+    at, result = min(clocks + _cipher_clocks(state, policy, EXCHANGE_ROUNDS))
     return at, server_exited(state.number) if state.lost else result
+
+
+def _cipher_clocks(state: Iteration, policy: Policy, names: tuple[str, ...]) -> list[tuple[float, str]]:
+    """Return when each of these cipher rounds that has begun and is not complete is over, and with which result."""
+    return [
+        (known.first + policy.cipher_window, round_timeout(known.name))
+        for known in state.rounds
+        if known.name in names and known.count < policy.completes(known.name)
+    ]
 
 
 # ---- rules
@@ -531,14 +616,19 @@ def _on_claimed(state: Iteration, event: ReductionClaimed, now: float, policy: P
     state = replace(
         state, phase=event.phase, token=event.token, aggregate=event.aggregate, digest=event.digest
     )
-    return state, _finalise(state)
+    return state, _finalise(state, policy)
 
 
-def _finalise(state: Iteration) -> tuple[Effect, ...]:
+def _finalise(state: Iteration, policy: Policy) -> tuple[Effect, ...]:
     """Return what the finaliser has to do."""
     match state.phase:
         case Phase.REDUCING:
             return (Reduce(state.number, state.attempt),)
+        case Phase.UNMASKING:
+            keep = Keep(state.number, state.attempt, state.phase, state.aggregate)
+            if not _enough_reports(state, policy):
+                return (keep,)
+            return keep, Unmask(state.number, state.attempt, state.aggregate)
         case Phase.TRAINING:
             return (Keep(state.number, state.attempt, state.phase, state.aggregate),)
         case Phase.TRAINED:
@@ -548,14 +638,29 @@ def _finalise(state: Iteration) -> tuple[Effect, ...]:
     return ()
 
 
+def _enough_reports(state: Iteration, policy: Policy) -> bool:
+    reports = state.round_named(REPORTS_ROUND)
+    return reports is not None and reports.count >= policy.completes(REPORTS_ROUND)
+
+
 def _on_reduced(state: Iteration, event: ModelReduced, now: float, policy: Policy) -> Step:
-    record = RecordAggregate if policy.hybrid else RecordCandidate
+    further = state.phase is Phase.REDUCING and (policy.hybrid or policy.unmask)
+    record = RecordAggregate if further else RecordCandidate
     return state, (record(state.number, state.attempt, state.token, event.digest),)
 
 
 def _on_aggregate(state: Iteration, event: AggregateRecorded, now: float, policy: Policy) -> Step:
-    state = replace(state, phase=Phase.TRAINING, aggregate=event.digest)
-    return state, _finalise(state)
+    phase = Phase.UNMASKING if policy.unmask else Phase.TRAINING
+    state = replace(state, phase=phase, aggregate=event.digest)
+    return state, _finalise(state, policy)
+
+
+def _on_not_unmasked(state: Iteration, event: NotUnmasked, now: float, policy: Policy) -> Step:
+    """Wait for further reports until the round is over; only the finaliser knows that they are needed."""
+    reports = state.round_named(REPORTS_ROUND)
+    if reports is None or now < reports.first + policy.cipher_window:
+        return state, ()
+    return state, (_advance(state, policy, False, unmask_failed(state.number)),)
 
 
 def _on_reduction_failed(state: Iteration, event: ReductionFailed, now: float, policy: Policy) -> Step:
@@ -564,17 +669,30 @@ def _on_reduction_failed(state: Iteration, event: ReductionFailed, now: float, p
 
 def _on_recorded(state: Iteration, event: CandidateRecorded, now: float, policy: Policy) -> Step:
     state = replace(state, phase=Phase.CANDIDATE, digest=event.digest)
-    return state, _finalise(state)
+    return state, _finalise(state, policy)
 
 
 def _on_spread(state: Iteration, event: CandidateSpread, now: float, policy: Policy) -> Step:
-    return state, (_advance(state, policy, True, TRAINED_SUCCESS if policy.hybrid else SUCCESS),)
+    result = TRAINED_SUCCESS if policy.hybrid else UNMASKED_SUCCESS if policy.unmask else SUCCESS
+    return state, (_advance(state, policy, True, result),)
 
 
 def _on_lost(state: Iteration, event: UpdatesLost, now: float, policy: Policy) -> Step:
     if (event.number, event.attempt) != (state.number, state.attempt):
         return state, ()
+    if _is_frozen(state, policy):
+        return state, (_advance(state, policy, False, server_exited(state.number)),)
     return state, (Reopen(state.number, state.attempt, state.phase, event.ledgers),)
+
+
+def _is_frozen(state: Iteration, policy: Policy) -> bool:
+    """Tell whether an iteration cannot go on without updates that it has counted.
+
+    Devices may know the list of those that count; and masks that nobody can take off cancel only if all are there.
+    """
+    if policy.unmask:
+        return state.phase in (Phase.UNMASKING, Phase.CANDIDATE)
+    return bool(policy.cipher_rounds)
 
 
 def _advance(state: Iteration, policy: Policy, success: bool, result: str) -> Advance:
@@ -628,13 +746,15 @@ def _part_in(seen: Iteration, event: Observed, policy: Policy) -> tuple[Effect, 
     owed = _owed(seen, policy)
     if owed or seen.running is not RunningState.RUNNING:
         return owed
+    if event.severed:
+        return (_advance(seen, policy, False, exchange_lost(seen.number)),)
     match seen.phase:
         case Phase.COLLECTING:
             return _seal_if_complete(seen, policy)
         case Phase.SEALED:
             return (ClaimReduction(seen.number, seen.attempt),)
     if event.mine:
-        return _finalise(seen)
+        return _finalise(seen, policy)
     return (ClaimReduction(seen.number, seen.attempt, seen.token),) if event.orphaned else ()
 
 
@@ -658,16 +778,15 @@ Rule = Callable[..., Step]
 TABLE: dict[tuple[Phase, type[Event]], Rule] = {
     (Phase.COLLECTING, ClientSelected): _on_selected,
     (Phase.COLLECTING, UploadCounted): _on_uploaded,
-    (Phase.COLLECTING, TimePassed): _on_time,
     (Phase.COLLECTING, Sealed): _on_sealed,
     **{(phase, ReductionClaimed): _on_claimed for phase in Phase if phase is not Phase.COLLECTING},
     (Phase.REDUCING, ModelReduced): _on_reduced,
-    **{
-        (phase, ReductionFailed): _on_reduction_failed
-        for phase in (Phase.REDUCING, *WITH_WORKER, Phase.CANDIDATE)
-    },
+    (Phase.UNMASKING, ModelReduced): _on_reduced,
+    (Phase.UNMASKING, NotUnmasked): _on_not_unmasked,
+    **{(phase, ReductionFailed): _on_reduction_failed for phase in (Phase.REDUCING, *MADE)},
     (Phase.REDUCING, AggregateRecorded): _on_aggregate,
     (Phase.REDUCING, CandidateRecorded): _on_recorded,
+    (Phase.UNMASKING, CandidateRecorded): _on_recorded,
     (Phase.CANDIDATE, CandidateSpread): _on_spread,
     **{(phase, UpdatesLost): _on_lost for phase in Phase},
     **{(phase, Advanced): _on_advanced for phase in Phase},
@@ -678,5 +797,5 @@ TABLE: dict[tuple[Phase, type[Event]], Rule] = {
         if phase is not Phase.COLLECTING
         for late in (ClientSelected, UploadCounted, TimePassed)
     },
-    **{(phase, TimePassed): _on_time for phase in WITH_WORKER},
+    **{(phase, TimePassed): _on_time for phase in TIMED},
 }

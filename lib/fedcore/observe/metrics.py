@@ -168,6 +168,22 @@ class ServerMetrics(CommonMetrics):
             buckets=_REQUEST_BUCKETS,
             registry=registry,
         )
+        self.unmasking_duration = Histogram(
+            "fl_unmasking_duration_seconds",
+            "With encrypt_type PW_ENCRYPT, at the server that makes the model: from enough reports to the model",
+            buckets=_ITERATION_BUCKETS,
+            registry=registry,
+        )
+        self.cipher_dropouts = Counter(
+            "fl_cipher_dropouts_total",
+            "Clients that shared secrets and whose update is not in the model, told by the server that made it",
+            registry=registry,
+        )
+        self.reports_excluded = Counter(
+            "fl_cipher_reports_excluded_total",
+            "Reports of reconstructSecrets whose shares do not go with those of others",
+            registry=registry,
+        )
         self._evaluation = Gauge(
             "fl_evaluation_score",
             "Score of the clients' evaluation vectors; told by the server that ended the last iteration",

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 from fedcore.aggregation.scaffold import PREFIX as CONTROL
-from fedcore.config import AggregationType, EvalType, ServerMode, Settings
+from fedcore.config import AggregationType, EncryptType, EvalType, ServerMode, Settings
+from fedcore.config.settings import EncryptSettings
 from fedcore.models.history import ModelHistory
 from fedcore.net.routes import Response
+from fedcore.secagg.shamir import PRIME
+from fedcore.services.packed_models import PackedModels
 from fedcore.wire import codec
 from fedcore.wire.arrays import Weight
+from fedcore.wire.image import ModelImage, PackedImage
 from fedcore.wire.messages import (
     CipherPublicParams,
     CompressType,
@@ -23,6 +29,8 @@ from fedcore.wire.messages import (
     ResponseUpdateModel,
     UnsupervisedEvalFlg,
 )
+
+Offered = Collection[int] | None  # a request's download_compress_types; None takes weights in full only
 
 _P_BYTES = 32
 _PRIME_BYTES = 33
@@ -39,7 +47,8 @@ class Shown:
     CLOUD_TRAINING       none; control.* with Scaffold   aggregated, without control.*
     ===================  ==============================  ==================================
 
-    Only Scaffold has a control.*; with every other rule such a name is a weight like any other.
+    Only Scaffold has a control.*; with every other rule such a name is a weight like any other. In 8 bits getModel
+    carries those that are not aggregated, too, as the original does.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -56,6 +65,10 @@ class Shown:
             return True
         return weight.aggregated and not self._is_control(weight)
 
+    def as_packed_model(self, weight: Weight) -> bool:
+        """Tell whether the answer to getModel carries a weight if it carries them in 8 bits."""
+        return self._mode is ServerMode.HYBRID_TRAINING or not self._is_control(weight)
+
     def _is_control(self, weight: Weight) -> bool:
         return self._scaffold and weight.name.startswith(CONTROL)
 
@@ -65,11 +78,18 @@ def plan_of(settings: Settings) -> FLPlan:
 
     The rule of aggregation is never in it: whoever must know the rule has it in a configuration of its own.
     """
+    encrypt = settings.encrypt
+    plain = encrypt.encrypt_type is EncryptType.NOT_ENCRYPT
+    noise, signs = encrypt.dp_encrypt, encrypt.signds
     cipher = CipherPublicParams(
-        settings.encrypt.encrypt_type.value,
-        PWParams(p=bytes(_P_BYTES), prime=bytes(_PRIME_BYTES)),
-        DPParams(),
-        DSParams(),
+        encrypt.encrypt_type.value,
+        _masking(encrypt),
+        DPParams() if plain else DPParams(noise.dp_eps, noise.dp_delta, noise.dp_norm_clip),
+        DSParams()
+        if plain
+        else DSParams(
+            signs.sign_k, signs.sign_eps, signs.sign_thr_ratio, signs.sign_global_lr, signs.sign_dim_out
+        ),
     )
     return FLPlan(
         server_mode=settings.server_mode.value,
@@ -80,6 +100,19 @@ def plan_of(settings: Settings) -> FLPlan:
         lr=settings.client.client_learning_rate,
         cipher=cipher,
     )
+
+
+def _masking(encrypt: EncryptSettings) -> PWParams:
+    """Build the parameters of masks; numbers with every protection, a prime only where secrets are shared."""
+    zero, no_prime = bytes(_P_BYTES), bytes(_PRIME_BYTES)
+    match encrypt.encrypt_type:
+        case EncryptType.NOT_ENCRYPT:
+            return PWParams(p=zero, prime=no_prime)
+        case EncryptType.PW_ENCRYPT:
+            prime = PRIME.to_bytes(_PRIME_BYTES, "big")
+        case _:
+            prime = no_prime
+    return PWParams(t=encrypt.pw_encrypt.reconstruct_secrets_threshold, p=zero, g=1, prime=prime)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,28 +129,58 @@ class Answers:
     The model part of an answer is the model image itself; only the small head in front of it is written anew.
     """
 
-    def __init__(self, settings: Settings, models: ModelHistory) -> None:
+    def __init__(self, settings: Settings, models: ModelHistory, packed: PackedModels) -> None:
         self._plan = plan_of(settings)
         self._shown = Shown(settings)
         self._sparse_rate = settings.compression.upload_sparse_rate
         evaluated = settings.unsupervised.eval_type is not EvalType.NOT_EVAL
         self._evaluation = UnsupervisedEvalFlg.EVAL_ENABLE if evaluated else UnsupervisedEvalFlg.EVAL_DISABLE
+        self._upload_type = CompressType[settings.compression.upload_compress_type.name]
+        self._download_type = CompressType[settings.compression.download_compress_type.name]
         self._models = models
-        self._selected: Answer | None = None
-        self._model_of: dict[int, Answer] = {}
+        self._packed = packed
+        self._selected: dict[bool, Answer] = {}  # by whether its weights are packed
+        self._model_of: dict[tuple[int, bool], Answer] = {}  # by iteration, and that
         self._iteration = 0
 
     def open(self, iteration: int) -> None:
         """Forget the answers of earlier iterations."""
         self._iteration = iteration
-        self._selected = None
+        self._selected.clear()
         self._model_of.clear()
+
+    # ---- weights in 8 bits
+
+    def to_pack(self, offered: Offered, requested: int | None = None) -> ModelImage | None:
+        """Return the model that is to be packed before a device can have it as it is to have it, None if none is.
+
+        Args:
+            offered: the types that the device takes.
+            requested: the iteration whose model it asks for, None for the newest.
+        """
+        image = self._image(requested)
+        return image if self._are_packed(offered) and self._packed.is_due(image) else None
+
+    def _are_packed(self, offered: Offered) -> bool:
+        wanted = self._download_type
+        return wanted is not CompressType.NO_COMPRESS and offered is not None and wanted in offered
+
+    def _packed_of(self, image: ModelImage, offered: Offered) -> PackedImage | None:
+        """Return what a device gets instead of a model that it can have in full."""
+        return self._packed.get(image) if self._are_packed(offered) else None
+
+    def _image(self, requested: int | None) -> ModelImage:
+        kept = None if requested is None else self._models.get(requested)
+        return kept or self._models.newest_image
 
     # ---- startFLJob
 
-    def selected(self, next_req_time: int) -> Answer:
+    def selected(self, next_req_time: int, offered: Offered = None) -> Answer:
         """Answer a startFLJob that has its place: the plan and, by mode, of the newest model all or a part."""
-        if self._selected is None:
+        image = self._models.newest_image
+        packed = self._packed_of(image, offered)
+        answer = self._selected.get(packed is not None)
+        if answer is None:
             reply = ResponseFLJob(
                 retcode=ResponseCode.SUCCEED,
                 reason="success",
@@ -125,15 +188,13 @@ class Answers:
                 is_selected=True,
                 next_req_time=str(next_req_time),
                 fl_plan_config=self._plan,
-                feature_map=self._models.newest_image.select(self._shown.at_start),  # type: ignore[arg-type]
-                upload_compress_type=CompressType.NO_COMPRESS,
+                upload_compress_type=self._upload_type,
                 upload_sparse_rate=self._sparse_rate,
-                download_compress_type=CompressType.NO_COMPRESS,
-                compress_feature_map=(),
                 unsupervised_eval_flg=self._evaluation,
+                **_weights(image, packed, self._shown.at_start, self._shown.at_start),
             )
-            self._selected = _answer(reply.retcode, codec.encode_parts(reply))
-        return self._selected
+            answer = self._selected[packed is not None] = _answer(reply.retcode, codec.encode_parts(reply))
+        return answer
 
     def start_refused(self, code: int, reason: str, next_req_time: int) -> Answer:
         """Answer a startFLJob that gets no place."""
@@ -144,7 +205,7 @@ class Answers:
             next_req_time=str(next_req_time),
             fl_plan_config=self._plan,
             feature_map=(),
-            upload_compress_type=CompressType.NO_COMPRESS,
+            upload_compress_type=self._upload_type,
             upload_sparse_rate=self._sparse_rate,
             compress_feature_map=(),
         )
@@ -160,22 +221,22 @@ class Answers:
 
     # ---- getModel
 
-    def model(self, requested: int, next_req_time: int) -> Answer:
+    def model(self, requested: int, next_req_time: int, offered: Offered = None) -> Answer:
         """Answer a getModel with the model of an iteration, or with the newest if that one is not kept."""
-        answer = self._model_of.get(requested)
+        image = self._image(requested)
+        packed = self._packed_of(image, offered)
+        answer = self._model_of.get((requested, packed is not None))
         if answer is None:
-            image = self._models.get(requested) or self._models.newest_image
             reply = ResponseGetModel(
                 retcode=ResponseCode.SUCCEED,
                 reason=f"Get model for iteration {_unsigned(requested)}",
                 iteration=self._iteration,
-                feature_map=image.select(self._shown.as_model),  # type: ignore[arg-type]
                 timestamp=str(next_req_time),
-                compress_feature_map=(),
+                **_weights(image, packed, self._shown.as_model, self._shown.as_packed_model),
             )
             answer = _answer(reply.retcode, codec.encode_parts(reply))
             if self._models.get(requested) is not None:  # not for any number that a client makes up
-                self._model_of[requested] = answer
+                self._model_of[requested, packed is not None] = answer
         return answer
 
     def model_not_ready(self, next_req_time: int) -> Answer:
@@ -198,6 +259,22 @@ class Answers:
         """Answer a getModel that is none."""
         reply = ResponseGetModel(retcode=code, reason=reason, iteration=self._iteration, timestamp="")
         return _answer(code, codec.encode_parts(reply))
+
+
+def _weights(
+    image: ModelImage,
+    packed: PackedImage | None,
+    shown: Callable[[Weight], bool],
+    shown_packed: Callable[[Weight], bool],
+) -> dict[str, Any]:
+    """Return the fields of an answer that carry weights: packed, if there is such a model. Either vector is there."""
+    if packed is None:
+        return {"feature_map": image.select(shown), "compress_feature_map": ()}
+    return {
+        "feature_map": (),
+        "download_compress_type": CompressType.QUANT,
+        "compress_feature_map": packed.select(shown_packed),
+    }
 
 
 def _answer(code: int, parts: tuple[bytes, ...]) -> Answer:

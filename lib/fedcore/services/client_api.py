@@ -10,16 +10,19 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+import numpy as np
+import xxhash
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from fedcore.config import ServerMode, Settings
 from fedcore.core import admission, backoff
 from fedcore.core.admission import Acceptance, Selection, Standing, Verdict
+from fedcore.core.cipher import LAST_BEFORE_UPDATE
 from fedcore.core.client_key import client_key
 from fedcore.errors import FedcoreError, MalformedRequest, StoreError
 from fedcore.identity import freshness, messages
@@ -28,13 +31,22 @@ from fedcore.ledger.ledger import Slot
 from fedcore.ledger.spool import Spool
 from fedcore.net.routes import Response, Route, Sink
 from fedcore.observe.metrics import OUTCOMES, UNAVAILABLE, ServerMetrics
-from fedcore.services.answers import Answer, Answers
+from fedcore.services.answers import Answer, Answers, Offered
 from fedcore.services.device_identity import DeviceIdentity, Entry, Signed, is_provable
 from fedcore.services.iteration_driver import IterationDriver
+from fedcore.services.packed_models import PackedModels
 from fedcore.services.screening import Finding, Screening
 from fedcore.services.terms import update_limit
+from fedcore.services.update_forms import UpdateForms
 from fedcore.services.update_intake import NoRoom, UpdateIntake
-from fedcore.store.cluster_state import ClientMeta, ClusterState, IterationMoved, Reserve, StateMissing
+from fedcore.store.cluster_state import (
+    ClientMeta,
+    ClusterState,
+    IterationMoved,
+    MaskedUpdate,
+    Reserve,
+    StateMissing,
+)
 from fedcore.wire import codec
 from fedcore.wire.arrays import Layout, all_finite
 from fedcore.wire.messages import (
@@ -84,10 +96,12 @@ class ClientApi:
         now_ms: Callable[[], int],
         chance: Callable[[], float],
         identity: DeviceIdentity | None = None,
+        forms: UpdateForms | None = None,
     ) -> None:
         """Answer from ``driver`` and ``intake``.
 
-        ``now_ms`` is the wall clock, ``chance`` gives 0..1; ``identity`` judges signatures, if devices must sign.
+        ``now_ms`` is the wall clock, ``chance`` gives 0..1; ``identity`` judges signatures, if devices must sign;
+        ``forms`` reads updates that are not plain, and is shared with whoever recovers them.
         """
         self.stopping = False
         self.for_workers = settings.server_mode is ServerMode.CLOUD_TRAINING
@@ -95,10 +109,13 @@ class ClientApi:
         self.intake = intake
         self.layout = layout
         self.longest_update = update_limit(layout)
-        self.answers = Answers(settings, driver.models)
+        self._packed = PackedModels(reactor)
+        self.answers = Answers(settings, driver.models, self._packed)
         self.answers.open(driver.iteration.number)
-        driver.on_terms.append(self._follow_terms)
-        self._screening = Screening(settings, layout, driver.models, intake, metrics)
+        self._forms = forms or UpdateForms(settings, layout, driver.models, reactor)
+        driver.on_terms += [self._forms.follow_terms, self._follow_terms]
+        self._screening = Screening(settings, layout, driver.models, intake, metrics, self._forms)
+        self._protection = settings.encrypt.encrypt_type
         self._hold = settings.fedcore.device.hold_time
         self._largest_size = settings.fedcore.update.max_data_size
         self._margin_ms = int(settings.fedcore.device.retry_margin * 1000)
@@ -117,7 +134,7 @@ class ClientApi:
             request = codec.decode(RequestFLJob, body)
         except MalformedRequest:
             return self._refuse_start(Verdict(400, admission.bad_schema("RequestFLJob")))
-        if not _is_id(request.fl_id) or request.fl_name is None or request.timestamp is None:
+        if not is_id(request.fl_id) or request.fl_name is None or request.timestamp is None:
             return self._refuse_start(Verdict(400, admission.MISSING_START_PARTS))
         if self._identity is not None and not is_provable(request):
             return self._refuse_start(Verdict(400, admission.MISSING_START_PARTS))
@@ -128,7 +145,8 @@ class ClientApi:
             self._metrics.data_sizes_refused.inc()
         until = self._reactor.seconds() + self._hold
         while True:
-            text = await self._pass_gate("startFLJob", until)
+            await self._pack(request.download_compress_types)
+            text = await self.pass_gate("startFLJob", until)
             if text is not None:
                 return text
             seen = self.driver.where
@@ -141,7 +159,7 @@ class ClientApi:
                     proven = True
                 selection = await self._select(request, seen[0], fault is None, entry)
             except StoreError as error:
-                if await self._settled(error, seen, until):
+                if await self.settled(error, seen, until):
                     continue
                 selection = Selection.FULL
             full = selection is Selection.RESERVED or (selection is Selection.FULL and self._complete)
@@ -150,14 +168,14 @@ class ClientApi:
             verdict = admission.judge_start(selection, request.fl_id, fault)
             changed = seen[0] != self.driver.iteration.number or not self.driver.serving
             if verdict.code == 200 and changed:  # the place was in an iteration that has ended meanwhile
-                if self._left(until):
+                if self.left(until):
                     continue
                 verdict = Verdict(300, admission.START_FULL)
             if verdict.code == 200:
-                return self._current.selected(self._opening())
-            if proven and verdict.reason == admission.START_FULL and not self._left(until):
+                return self._current.selected(self._opening(), request.download_compress_types)
+            if proven and verdict.reason == admission.START_FULL and not self.left(until):
                 # It was held in vain: what the shared state was told of its return, if anything, is too early.
-                return self._refuse_start(verdict, await self._return_of(request.fl_id))
+                return self._refuse_start(verdict, await self.return_of(request.fl_id))
             return self._refuse_start(verdict)
 
     async def update_model(self, room: Slot | Spool) -> Answer | str:
@@ -169,7 +187,7 @@ class ClientApi:
         kept = False
         try:
             request = codec.decode(RequestUpdateModel, slot.body)
-            if not _is_complete(request):
+            if not _is_complete(request, self._forms.compressed):
                 return self._malformed_update(admission.MISSING_UPDATE_PARTS)
             acceptance, answer = await self._count(slot, request)
             kept = acceptance is Acceptance.ACCEPTED
@@ -186,22 +204,34 @@ class ClientApi:
             request = codec.decode(RequestGetModel, body)
         except MalformedRequest:
             return self._current.model_refused(400, admission.bad_schema("RequestGetModel"))
-        text = await self._pass_gate("getModel", self._reactor.seconds())
+        text = await self.pass_gate("getModel", self._reactor.seconds())
         if text is not None:
             return text
         until = self._reactor.seconds() + self._hold
-        if not await self._up_to_date(request.iteration, until):
-            return self._current.model_not_ready(self._next_req_time())
-        iteration = self.driver.iteration
-        if request.iteration == iteration.number:
-            while self._complete and self.driver.iteration.number == iteration.number:
-                if not await self._moved_on(self.driver.where, until):
-                    break
-            if self.driver.iteration.number == iteration.number or not self.driver.serving:
-                return self._current.model_not_ready(self._next_req_time())
-        return self._current.model(request.iteration, self._opening())
+        while True:
+            if not await self._up_to_date(request.iteration, until):
+                return self._current.model_not_ready(self.next_req_time())
+            iteration = self.driver.iteration
+            if request.iteration == iteration.number:
+                while self._complete and self.driver.iteration.number == iteration.number:
+                    if not await self._moved_on(self.driver.where, until):
+                        break
+                if self.driver.iteration.number == iteration.number or not self.driver.serving:
+                    return self._current.model_not_ready(self.next_req_time())
+            if not await self._pack(request.download_compress_types, request.iteration):
+                return self._current.model(
+                    request.iteration, self._opening(), request.download_compress_types
+                )
 
     # ---- steps
+
+    async def _pack(self, offered: Offered, requested: int | None = None) -> bool:
+        """Have a model ready in 8 bits if a device is to have it so; False if there was nothing to wait for."""
+        image = self.answers.to_pack(offered, requested)
+        if image is None:
+            return False
+        await self._packed.make(image)
+        return True
 
     async def _unproven(
         self, entry: Entry, number: int, request: RequestFLJob, body: memoryview
@@ -216,7 +246,7 @@ class ClientApi:
         assert cluster is not None and request.fl_id is not None
         key = "" if entry is None else entry.key
         meta = ClientMeta(request.data_size, max(0, request.eval_data_size), self._now_ms(), key)
-        reserve = self._reserve(self._next_req_time())
+        reserve = self._reserve(self.next_req_time())
         selection, count = await cluster.select_client(
             number, request.fl_id, meta, places=self.driver.policy.start_threshold, fit=fit, reserve=reserve
         )
@@ -226,10 +256,11 @@ class ClientApi:
 
     async def _count(self, slot: Slot, request: RequestUpdateModel) -> tuple[Acceptance | None, Answer | str]:
         signed = await self._signed(slot, request)  # the body may be clipped later
+        masked = await self._masked(request)
         screened = self._screening.of(slot, request)
         until = self._reactor.seconds() + self._hold
         while True:
-            text = await self._pass_gate("updateModel", until)
+            text = await self.pass_gate("updateModel", until)
             if text is not None:
                 return None, text
             cluster, iteration = self.driver.cluster, self.driver.iteration
@@ -241,21 +272,23 @@ class ClientApi:
                     finding = await screened.finding(cluster, iteration.number, iteration.attempt)
                 acceptance, count = await self.intake.accept(
                     slot,
-                    request,
+                    screened.request,
                     cluster,
                     iteration.number,
                     iteration.attempt,
                     quorum=self.driver.policy.update_threshold,
                     fit=finding is Finding.FIT,
+                    reading=screened.reading,
+                    masked=masked,
                 )
             except StoreError as error:
-                if await self._settled(error, (iteration.number, iteration.attempt), until):
+                if await self.settled(error, (iteration.number, iteration.attempt), until):
                     continue
                 acceptance, count, finding = Acceptance.FULL, 0, Finding.FIT
             if acceptance is Acceptance.UNFIT and finding is Finding.UNKNOWN:
                 continue  # it has got its place meanwhile
             too_far = acceptance is Acceptance.UNFIT and finding is Finding.TOO_FAR
-            if acceptance is Acceptance.UNFIT and standing is Standing.UNKNOWN and self._left(until):
+            if acceptance is Acceptance.UNFIT and standing is Standing.UNKNOWN and self.left(until):
                 continue  # likewise
             refusal: Verdict | None = None
             if acceptance in (Acceptance.UNFIT, Acceptance.REPEATED):
@@ -269,10 +302,16 @@ class ClientApi:
             elif acceptance is not Acceptance.REPEATED:
                 self._metrics.refuse_update("norm" if too_far else acceptance.value)
             needy = acceptance in admission.NEEDS_PLACE and standing is Standing.PASSED
-            next_req_time = await self._return_of(request.fl_id or "") if needy else self._next_req_time()
+            next_req_time = await self.return_of(request.fl_id or "") if needy else self.next_req_time()
             number = self.driver.iteration.number
             verdict = refusal or admission.judge_update(
-                acceptance, request.fl_id or "", request.iteration, number, next_req_time, too_far=too_far
+                acceptance,
+                request.fl_id or "",
+                request.iteration,
+                number,
+                next_req_time,
+                too_far=too_far,
+                missing=screened.missing if finding is Finding.INCOMPLETE else "",
             )
             return acceptance, self.answers.update(verdict.code, verdict.reason, next_req_time)
 
@@ -285,6 +324,13 @@ class ClientApi:
         message = messages.of_round(stamp or "", number)
         return Signed("updateModel", request.fl_id, number, stamp, request.signature, message, digest)
 
+    async def _masked(self, request: RequestUpdateModel) -> MaskedUpdate | None:
+        """Return what the shared state is to know of a masked update, None where updates are not masked."""
+        after = LAST_BEFORE_UPDATE.get(self._protection.value)
+        if after is None:
+            return None
+        return MaskedUpdate(after, await self.intake.compute(lambda: _digest_of(request.feature_map or ())))
+
     async def _standing(self, cluster: ClusterState, signed: Signed | None) -> Standing:
         """Judge the signature of an update; what need not be signed has passed."""
         if self._identity is None or signed is None:
@@ -296,13 +342,13 @@ class ClientApi:
         fl_id = None
         with contextlib.suppress(MalformedRequest):
             fl_id = codec.decode(RequestUpdateModel, body).fl_id
-        known = self._identity is None and _is_id(fl_id)  # whoever must sign has not shown here that it can
-        next_req_time = await self._return_of(fl_id or "") if known else self._next_req_time()
+        known = self._identity is None and is_id(fl_id)  # whoever must sign has not shown here that it can
+        next_req_time = await self.return_of(fl_id or "") if known else self.next_req_time()
         return self.answers.update(300, admission.UPDATE_FULL, next_req_time)
 
-    async def _return_of(self, fl_id: str) -> int:
+    async def return_of(self, fl_id: str) -> int:
         """Return when a refused client shall come back, and keep a place for it: two refusals end an old device."""
-        next_req_time, cluster = self._next_req_time(), self.driver.cluster
+        next_req_time, cluster = self.next_req_time(), self.driver.cluster
         if cluster is not None:
             with contextlib.suppress(StoreError):  # then it must take its chance
                 places, reserve = self.driver.policy.start_threshold, self._reserve(next_req_time)
@@ -315,7 +361,7 @@ class ClientApi:
 
     # ---- holding and refusing
 
-    async def _pass_gate(self, round_name: str, until: float) -> str | None:
+    async def pass_gate(self, round_name: str, until: float) -> str | None:
         """Return the text that refuses a round, or None; waits for Redis until the given moment."""
         while True:
             text = admission.gate(
@@ -329,10 +375,10 @@ class ClientApi:
 
     async def _store_back(self, until: float) -> bool:
         """Wait until the shared state can be reached; False if that takes too long."""
-        left = self._left(until)
+        left = self.left(until)
         return left > 0 and await self.driver.store_back(left)
 
-    def _left(self, until: float) -> float:
+    def left(self, until: float) -> float:
         """Return for how many seconds a request may still be held, at most until the given moment."""
         return 0.0 if self.driver.letting_go else max(0.0, until - self._reactor.seconds())
 
@@ -360,11 +406,11 @@ class ClientApi:
         return driver.serving or await self._store_back(until)
 
     async def _moved_on(self, seen: tuple[int, int], until: float) -> bool:
-        return await self.driver.moved_on(seen, self._left(until))
+        return await self.driver.moved_on(seen, self.left(until))
 
-    async def _settled(self, error: StoreError, seen: tuple[int, int], until: float) -> bool:
+    async def settled(self, error: StoreError, seen: tuple[int, int], until: float) -> bool:
         """After the shared state proved to be elsewhere or away: whether another try is worth it."""
-        if not self._left(until):
+        if not self.left(until):
             return False
         try:
             await self.driver.look()
@@ -374,7 +420,7 @@ class ClientApi:
             return True
         if isinstance(error, IterationMoved):
             return await self._moved_on(seen, until)
-        await self.driver.moved_on(seen, min(RETRY_S, self._left(until)))
+        await self.driver.moved_on(seen, min(RETRY_S, self.left(until)))
         return True
 
     @property
@@ -390,9 +436,12 @@ class ClientApi:
 
     def _follow_terms(self, settings: Settings) -> None:
         """Tell devices what the settings say that are in force now."""
-        self.answers = Answers(settings, self.driver.models)
+        self._protection = settings.encrypt.encrypt_type
+        self.answers = Answers(settings, self.driver.models, self._packed)
         self._answers_of = 0
-        self._screening = Screening(settings, self.layout, self.driver.models, self.intake, self._metrics)
+        self._screening = Screening(
+            settings, self.layout, self.driver.models, self.intake, self._metrics, self._forms
+        )
 
     @property
     def _current(self) -> Answers:
@@ -409,7 +458,7 @@ class ClientApi:
             self._now_ms(), self._now_ms() + self._window_ms, self._margin_ms, 0.0
         )
 
-    def _next_req_time(self) -> int:
+    def next_req_time(self) -> int:
         """Return when a refused device shall come back."""
         filled, typical = self.driver.filled, self.driver.typical
         now = self._now_ms()
@@ -419,25 +468,43 @@ class ClientApi:
         return backoff.next_request_time(now, opens, self._margin_ms, self._chance())
 
     def _refuse_start(self, verdict: Verdict, next_req_time: int | None = None) -> Answer:
-        moment = self._next_req_time() if next_req_time is None else next_req_time
+        moment = self.next_req_time() if next_req_time is None else next_req_time
         return self._current.start_refused(verdict.code, verdict.reason, moment)
 
     def _malformed_update(self, reason: str) -> Answer:
         self._metrics.refuse_update("malformed")
-        return self.answers.update(400, reason, self._next_req_time())
+        return self.answers.update(400, reason, self.next_req_time())
 
 
-def _is_id(fl_id: str | None) -> TypeGuard[str]:
+def _digest_of(weights: Sequence[FeatureMap]) -> bytes:
+    """Return what tells an update's weights from others; a repeat may bear a later time stamp."""
+    found = xxhash.xxh3_128()
+    for weight in sorted(weights, key=lambda weight: weight.weight_fullname or ""):
+        assert weight.data is not None
+        name = (weight.weight_fullname or "").encode()
+        found.update(b"%d:%b:%d:" % (len(name), name, weight.data.size))
+        found.update(weight.data.view(np.uint8).data)
+    return found.digest()
+
+
+def is_id(fl_id: str | None) -> TypeGuard[str]:
     """Tell whether a client's id is there and fits a ledger."""
     return fl_id is not None and len(fl_id.encode()) <= MAX_FL_ID
 
 
-def _is_complete(request: RequestUpdateModel) -> bool:
-    """Tell whether an update has all its parts and its figures are numbers."""
+def _is_complete(request: RequestUpdateModel, compressed: bool) -> bool:
+    """Tell whether an update has all its parts and its figures are numbers.
+
+    Args:
+        request: the update.
+        compressed: whether it may be compressed. The original reads an absent ``feature_map`` where it may not.
+    """
     plain = request.upload_compress_type == CompressType.NO_COMPRESS
+    if not plain and not compressed:
+        return False
     items = request.feature_map if plain else request.compress_feature_map
     return (
-        _is_id(request.fl_id)
+        is_id(request.fl_id)
         and request.timestamp is not None
         and items is not None
         and all(_whole(item) for item in items)

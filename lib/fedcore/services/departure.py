@@ -54,14 +54,15 @@ class Departure:
                 await cluster.announce_release()
 
     async def _gave_model(self) -> bool:
-        """Give away what a worker trains, or has trained; tell whether the updates in it are needed no more."""
+        """Give away what a worker trains or has trained, or is masked; tell whether its updates are needed no more."""
         driver, publication = self._driver, self._parts.publication
         await driver.look()
         now = driver.iteration
         if now.phase not in MADE or not now.aggregate:
             return False
-        pushed = now.phase is not Phase.TRAINING
-        candidate = publication.nominate(now.digest if pushed else now.aggregate, now.number)
+        pushed = now.phase is Phase.TRAINED or (now.phase is Phase.CANDIDATE and driver.policy.hybrid)
+        made = now.phase in (Phase.TRAINED, Phase.CANDIDATE)
+        candidate = publication.nominate(now.digest if made else now.aggregate, now.number)
         if candidate is None:
             return pushed
         takers = await publication.offer(candidate, await driver.refresh_others())

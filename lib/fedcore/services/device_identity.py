@@ -18,7 +18,7 @@ All verifying is done on the reactor: a chain takes half a millisecond, once per
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,12 +32,13 @@ from fedcore.core import admission
 from fedcore.core.admission import Standing, Verdict
 from fedcore.errors import ConfigError
 from fedcore.identity import chain, freshness, messages, pss
-from fedcore.identity.pem import Untrusted
+from fedcore.identity.pem import Untrusted, fl_id_of, pem_form, read_bare
 from fedcore.identity.revocation import Revocations
 from fedcore.store.cluster_state import ClusterState, Use
 from fedcore.wire.messages import RequestFLJob
 
 INIT_FAILED = "init root cert and crl failed."
+_SHOWN = 2  # certificates in exchangeKeys: attestation and equipment
 CLOCKS_MS = 60_000  # by so much the clocks of servers may differ
 
 Look = tuple[tuple[int, int, int], ...]
@@ -315,6 +316,25 @@ class DeviceIdentity:
         """
         meta = await cluster.client_meta(iteration, fl_id)
         return pss.unpack_key(base64.b64decode(meta.key)) if meta is not None and meta.key else None
+
+    async def owns(
+        self, cluster: ClusterState, iteration: int, fl_id: str, chain_shown: Sequence[str] | None
+    ) -> bool:
+        """Tell whether a chain, as exchangeKeys carries it, is that of the key that a client has attested.
+
+        Other devices look at it, and an unmodified one ends its job over a bad one.
+
+        Raises:
+            StoreError: the shared state cannot be asked.
+        """
+        key = await self.key_of(cluster, iteration, fl_id)
+        if key is None or chain_shown is None or len(chain_shown) != _SHOWN:
+            return False
+        try:
+            attestation, equipment = map(read_bare, chain_shown)
+        except Untrusted:
+            return False
+        return attestation.public_key() == key and fl_id_of(pem_form(equipment)) == fl_id
 
     async def _use(self, cluster: ClusterState, fl_id: str, signature: bytes, stamp: int, mark: bytes) -> Use:
         return await cluster.use_signature(

@@ -15,6 +15,7 @@ from fedcore.core.iteration import Phase
 from fedcore.services.publication import Candidate, Found
 from fedcore.services.recovery import Memory
 from fedcore.services.reduction import Reduced
+from fedcore.services.unmasking import Unmasked
 
 if TYPE_CHECKING:
     from fedcore.services.iteration_driver import IterationDriver, Parts
@@ -39,6 +40,7 @@ class Finaliser:
         self._offering = False
         self._restored = ""  # digest of an aggregate that was seen to
         self._missed = ("", 0.0, 0.0)  # a worker's model that nobody has, since when, and when last
+        self._inside = ("", 0)  # digest of the model that was made last, and of how many updates
 
     async def seal(self, effect: core.Seal) -> core.Event | None:
         """Stop the counting."""
@@ -82,27 +84,50 @@ class Finaliser:
         if not isinstance(outcome, Reduced):
             return outcome
         self._parts.publication.hold(Candidate(driver.iteration.number, outcome.image, outcome.totals))
+        self._inside = outcome.image.digest, outcome.totals.count
+        return core.ModelReduced(outcome.image.digest)
+
+    async def unmask(self, effect: core.Unmask) -> core.Event | None:
+        """Take the masks off the mean of the updates, by what devices have reported."""
+        return await self._unmask(effect.aggregate)
+
+    async def _unmask(self, aggregate: str) -> core.Event | None:
+        """Take the masks off a model that this server holds; nothing if it does not, or Redis has gone on meanwhile."""
+        driver, publication = self._driver, self._parts.publication
+        masked, number = publication.held(aggregate), driver.iteration.number
+        if masked is None:
+            return None
+        t = driver.policy.completes(core.REPORTS_ROUND) - 1
+        outcome = await self._parts.unmasking.unmask(driver.joined_cluster(), number, masked, t)
+        if not isinstance(outcome, Unmasked):
+            return outcome
+        held = publication.candidate(aggregate)
+        totals = None if held is None else held.totals
+        publication.hold(Candidate(number, outcome.image, totals))
+        self._inside = outcome.image.digest, outcome.updates
         return core.ModelReduced(outcome.image.digest)
 
     async def record(self, effect: core.RecordCandidate | core.RecordAggregate) -> core.Event | None:
-        """Name the model of the updates in the shared state: it is published now, or trained further by a worker."""
-        candidate = self._parts.publication.candidate(effect.digest)
-        updates = 0 if candidate is None or candidate.totals is None else candidate.totals.count
+        """Name the model of the updates in the shared state: it is published now, or others work on it further."""
+        policy = self._driver.policy
+        made, updates = self._inside
         final = isinstance(effect, core.RecordCandidate)
+        further = Phase.UNMASKING if policy.unmask else Phase.TRAINING
         done = await self._driver.joined_cluster().record_model(
             effect.number,
             effect.attempt,
             effect.token,
             effect.digest,
-            updates,
-            Phase.CANDIDATE if final else Phase.TRAINING,
+            updates if made == effect.digest else 0,
+            Phase.CANDIDATE if final else further,
+            exchanged=bool(policy.cipher_rounds),
         )
         if not done:
             return await self._driver.observed()
         return (core.CandidateRecorded if final else core.AggregateRecorded)(effect.digest)
 
     async def keep(self, effect: core.Keep) -> core.Event | None:
-        """Hold what the worker trains or has trained, here and at the others; what it trains can be made again."""
+        """Hold what others work on, or a worker has trained, here and at the others; the mean can be made again."""
         publication, driver = self._parts.publication, self._driver
         others, began = await driver.refresh_others(), self._reactor.seconds()
         found = await publication.obtain(effect.digest, effect.number, others)
@@ -151,7 +176,7 @@ class Finaliser:
             if found is not Found.HERE and driver.policy.hybrid:
                 return self._without_trained(number, digest, began)
         if publication.nominate(digest, number) is None:
-            failed = await self._make_again(digest)
+            failed = await self._make_candidate_again(digest, number, others)
             if failed is not None:
                 return failed
         candidate = publication.candidate(digest)
@@ -164,10 +189,27 @@ class Finaliser:
             raise
         return core.CandidateSpread()
 
+    async def _make_candidate_again(self, digest: str, number: int, others: list[str]) -> core.Event | None:
+        """Make a candidate once more: of the updates, and of the reports if masks were taken off."""
+        aggregate, publication = self._driver.iteration.aggregate, self._parts.publication
+        if not aggregate:
+            return await self._make_again(digest)
+        if publication.held(aggregate) is None:
+            found = await publication.obtain(aggregate, number, others)
+            failed = None if found is Found.HERE else await self._make_again(aggregate)
+            if failed is not None:
+                return failed
+        return self._same(await self._unmask(aggregate), digest, number)
+
     async def _make_again(self, digest: str) -> core.Event | None:
         """Make a model once more that was lost with its finaliser; return what prevents it."""
         number = self._driver.iteration.number
-        again = await self.reduce()
+        return self._same(await self.reduce(), digest, number)
+
+    def _same(self, again: core.Event | None, digest: str, number: int) -> core.Event | None:
+        """Return what prevents that a model was made again, None if nothing has."""
+        if isinstance(again, core.NotUnmasked):
+            return core.ReductionFailed(core.unmask_failed(number))
         if not isinstance(again, core.ModelReduced):
             return again
         if again.digest != digest:

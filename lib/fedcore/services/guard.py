@@ -76,10 +76,11 @@ class UpdateGuard:
     def _are_in_a_model(self, now: Iteration) -> bool:
         """Tell whether the updates are needed no more, as the model that was made of them is safe."""
         publication = self._parts.publication
-        if now.phase is Phase.TRAINING:
+        if now.phase in (Phase.UNMASKING, Phase.TRAINING):
             return publication.held(now.aggregate) is not None
-        if now.phase is Phase.CANDIDATE and not now.aggregate:
-            return publication.candidate(now.digest) is not None
+        if now.phase is Phase.CANDIDATE and not self._driver.policy.hybrid:
+            masked = now.aggregate and publication.held(now.aggregate)  # its masks can be taken off again
+            return bool(masked) or publication.candidate(now.digest) is not None
         return now.phase in (Phase.TRAINED, Phase.CANDIDATE)  # a worker's model cannot be made again
 
     async def _give_up_lost(self, cluster: ClusterState, now: Iteration) -> None:

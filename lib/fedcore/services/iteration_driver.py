@@ -36,6 +36,7 @@ from fedcore.services.recovery import Memory, Recovery
 from fedcore.services.reduction import Reduction
 from fedcore.services.reporting import Course, Reporter
 from fedcore.services.terms import ledger_shape, policy_of
+from fedcore.services.unmasking import Unmasking
 from fedcore.services.update_intake import UpdateIntake
 from fedcore.store import instances
 from fedcore.store.cluster_state import ClientMeta, ClusterState, Raised
@@ -59,6 +60,7 @@ class Parts:
     judge: LossJudge
     reporter: Reporter
     metrics: ServerMetrics
+    unmasking: Unmasking
 
 
 class IterationDriver(Service):
@@ -339,6 +341,8 @@ class IterationDriver(Service):
                 return await self._finaliser.record(effect)
             case core.Keep():
                 return await self._finaliser.keep(effect)
+            case core.Unmask():
+                return await self._finaliser.unmask(effect)
             case core.SpreadCandidate():
                 return await self._finaliser.spread(effect.digest)
             case core.Reopen():
@@ -397,7 +401,7 @@ class IterationDriver(Service):
 
     async def observed(self) -> core.Event | None:
         """Look at the shared state; return what differs from this server's copy, None if nothing does."""
-        cluster = self.joined_cluster()
+        cluster, run_id = self.joined_cluster(), self._redis.run_id
         asked, look = self._reactor.seconds(), await cluster.read()
         if cluster is not self.cluster:
             return None  # another instance was joined meanwhile
@@ -407,7 +411,7 @@ class IterationDriver(Service):
                 if cluster is self.cluster:
                     self._leave_instance()
                 return None
-            asked = self._reactor.seconds()
+            asked, run_id = self._reactor.seconds(), self._redis.run_id
             snapshot = (await cluster.read()).snapshot
         if cluster is not self.cluster:
             return None
@@ -416,11 +420,27 @@ class IterationDriver(Service):
         # Nothing is awaited from here on: a look must not grow old.
         seen = self._memory.localise(snapshot, asked)
         finaliser = seen.token.partition(":")[2]
-        if seen.changing or _differ(seen, self.iteration):
+        severed = run_id == self._redis.run_id and self._is_severed(seen, snapshot.run)
+        if seen.changing or severed or _differ(seen, self.iteration):
             gone = self._guard.is_gone(seen.token, finaliser)
             mine = finaliser == self.node_id
-            return core.Observed(seen, mine, snapshot.success, snapshot.result, gone and not mine)
+            return core.Observed(
+                seen, mine, snapshot.success, snapshot.result, gone and not mine, severed=severed
+            )
         return None
+
+    def _is_severed(self, seen: Iteration, run: str) -> bool:
+        """Tell whether another Redis than this one may have had what devices exchanged in the iteration.
+
+        Nobody but Redis has their keys and shares, so a Redis that started anew, or took the place of one that failed,
+        may have lost some that others build on already.
+
+        Args:
+            seen: the iteration.
+            run: run id of the Redis that has had all of it, "" if none has.
+        """
+        begun = seen.selected > 0 or seen.started is not None or seen.changing
+        return bool(self.policy.cipher_rounds) and begun and run != self._redis.run_id
 
     def _leave_instance(self) -> None:
         """Let go of an instance that was replaced by a newer one, and join that."""
@@ -470,8 +490,8 @@ class IterationDriver(Service):
         """Look at the deadlines, and at the shared state first: an old copy must not end an iteration."""
         await self._observe()
         if (
-            not self.busy or self.iteration.phase in core.WITH_WORKER
-        ):  # then the finaliser's Keep is all it does
+            not self.busy or self.iteration.phase in core.AWAITING
+        ):  # then the finaliser's Keep, or Unmask, is all it does
             self.note(core.TimePassed())
 
     # ---- joining
@@ -526,8 +546,9 @@ class IterationDriver(Service):
         if now.phase is Phase.SEALED and before.phase is Phase.COLLECTING:
             self._memory.sealed_at = self._reactor.seconds()
         self._reporter.changed(before, now)
-        if now.phase is not before.phase and now.phase in core.MADE:
-            self.wake()
+        made = now.phase is not before.phase and now.phase in core.MADE
+        if made or [known.count for known in now.rounds] != [known.count for known in before.rounds]:
+            self.wake()  # who waits for a sum, or for a cipher round
         due = core.deadline(now, self.policy)
         self._arm_deadline(None if due is None else due[0])
 
@@ -567,4 +588,9 @@ class IterationDriver(Service):
 
 def _differ(seen: Iteration, known: Iteration) -> bool:
     """Tell whether two views of an iteration differ in more than their clocks' rounding."""
-    return replace(seen, started=None, first_upload=None) != replace(known, started=None, first_upload=None)
+    return _timeless(seen) != _timeless(known)
+
+
+def _timeless(iteration: Iteration) -> Iteration:
+    rounds = tuple(replace(known, first=0.0) for known in iteration.rounds)
+    return replace(iteration, started=None, first_upload=None, rounds=rounds)

@@ -14,6 +14,7 @@ from twisted.logger import Logger
 
 from fedcore.config import Role, Settings, hyper_parameters, unsupported
 from fedcore.config import hyper as shared_values
+from fedcore.config.crosscheck import forced, in_force, protection_faults
 from fedcore.core import model_info
 from fedcore.core.job import RunningState
 from fedcore.errors import ConfigError, StoreUnavailable
@@ -98,8 +99,11 @@ async def _agree_on_values(cluster: ClusterState, settings: Settings) -> Setting
         )
     for sentence in shared_values.differences(local, shared):
         log.warn("{difference}", difference=sentence)
-    adopted = shared_values.adopt(settings, shared)
-    faults = unsupported(adopted, Role.SERVER)
+    asked = shared_values.adopt(settings, shared)
+    for warning in forced(asked):
+        log.warn("{warning}", warning=warning)
+    adopted = in_force(asked)
+    faults = [*unsupported(adopted, Role.SERVER), *protection_faults(adopted)]
     if faults:
         raise ConfigError("\n".join(faults), hint="the cluster's hyper-parameters ask for it")
     return adopted

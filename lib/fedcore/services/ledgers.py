@@ -24,15 +24,16 @@ from fedcore.core.node_id import host_of
 from fedcore.errors import FedcoreError, LocalError, StoreError
 from fedcore.ledger import layout
 from fedcore.ledger.copy import FileCopy, PartialCopy, copy_in_memory
+from fedcore.ledger.decoding import Decoder
 from fedcore.ledger.files import Held, MappedFile, create_file, first_page, ledger_files, open_file
 from fedcore.ledger.layout import Damaged, Entry, Epoch, Shape, SlotState
-from fedcore.ledger.ledger import Ledger, Partial, Update
+from fedcore.ledger.ledger import Ledger, Partial, Read
+from fedcore.services.update_forms import Forms, PlainForms
 from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut
 from fedcore.store.keys import REVOKED
-from fedcore.wire import codec
 from fedcore.wire.arrays import Layout
-from fedcore.wire.messages import RequestUpdateModel
 
+PLAIN_FORMS = PlainForms()
 MOST_CLIENTS = 1 << 20  # that a partial of another host may list, more than any iteration has
 _QUARANTINE = ".damaged"
 _TO_THE_USER = "give the folder to the daemon's user, or let fedcore.server.ledger_dir name another one"
@@ -66,23 +67,6 @@ class Closed:
     partials: list[Partial]
 
 
-def update_of(request: RequestUpdateModel, data_size: int, eval_data_size: int) -> Update:
-    """Return what a ledger keeps of a counted updateModel."""
-    weights = {item.weight_fullname: item.data for item in request.feature_map or ()}
-    return Update(
-        request.fl_id or "",
-        {name: data for name, data in weights.items() if name is not None and data is not None},
-        data_size,
-        eval_data_size,
-        request.upload_loss,
-        request.upload_accuracy,
-    )
-
-
-def _read(body: memoryview, data_size: int, eval_data_size: int) -> Update:
-    return update_of(codec.decode(RequestUpdateModel, body), data_size, eval_data_size)
-
-
 class Ledgers:
     """Makes, adopts and drops ledger files.
 
@@ -97,7 +81,15 @@ class Ledgers:
 
     log = Logger()
 
-    def __init__(self, directory: Path, model: Layout, shape: Shape, durable: bool, reactor: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        model: Layout,
+        shape: Shape,
+        durable: bool,
+        reactor: Any,
+        forms: Forms = PLAIN_FORMS,
+    ) -> None:
         """Keep ledgers of one shape in a directory that the host's servers share.
 
         Args:
@@ -106,6 +98,7 @@ class Ledgers:
             shape: measures of the own ledger.
             durable: whether updates must reach a disk before they are answered.
             reactor: for threads.
+            forms: reads what is recovered.
         """
         self.own: Ledger | None = None
         self.problem = "the update ledger is not open yet"
@@ -118,6 +111,7 @@ class Ledgers:
         self._model = model
         self._shape = shape
         self._reactor = reactor
+        self._forms = forms
         self._epoch: Epoch | None = None
         self._file: MappedFile | None = None
         self._taken: dict[str, tuple[Epoch, MappedFile]] = {}  # by ledger id, as ``adopted``
@@ -376,6 +370,10 @@ class Ledgers:
             else:
                 self._pass(file)  # ahead of this server, or of another base than its own: not for it to judge
             return None
+        read = self._forms.reader(epoch.base)
+        if read is None:
+            file.close()  # looked at again: what was made from a model may be readable only with it
+            return None
         before = await cluster.ledger_owner(examined.ledger_id)
         if before == REVOKED:
             file.remove()  # its clients were told to come again
@@ -389,7 +387,7 @@ class Ledgers:
             return None
         # From here on the shared state counts nothing more in this ledger: its owner is another node.
         ledger, entries = Ledger.recover(file, self._model, epoch)
-        lost = await self._settle(cluster, epoch, ledger, entries)
+        lost = await self._settle(cluster, epoch, ledger, entries, read)
         while ledger.unmerged:
             await self._in_thread(ledger.merge)
         if self._epoch is not None and self._epoch.iteration > epoch.iteration:
@@ -424,7 +422,7 @@ class Ledgers:
             self.on_left_out(ledger.id, epoch, why)
 
     async def _settle(
-        self, cluster: ClusterState, epoch: Epoch, ledger: Ledger, entries: tuple[Entry, ...]
+        self, cluster: ClusterState, epoch: Epoch, ledger: Ledger, entries: tuple[Entry, ...], read: Read
     ) -> int:
         """Give each pending update the verdict of the shared state; return how many counted ones are unreadable.
 
@@ -433,7 +431,10 @@ class Ledgers:
         asked = [entry.record.fl_id for entry in entries if entry.state is SlotState.RECEIVED]
         counted = await cluster.counted(epoch.iteration, ledger.id, asked)
         sizes = {fl_id: (meta.data_size, meta.eval_data_size) for fl_id, meta in counted.items()}
-        lost = ledger.settle(entries, sizes, _read)
+        if all(entry.record.decoder == Decoder.PLAIN for entry in entries):
+            lost = ledger.settle(entries, sizes, read)
+        else:
+            lost = await self._in_thread(lambda: ledger.settle(entries, sizes, read))
         for reason in lost:
             self.log.error("a counted update is unreadable: {error}", error=reason)
         return len(lost)

@@ -17,6 +17,7 @@ from twisted.logger import Logger
 from fedcore.core import iteration as core
 from fedcore.services.publication import Candidate, Found
 from fedcore.services.reporting import IterationEnd
+from fedcore.store.cipher_state import CipherState
 from fedcore.store.cluster_state import Rebased
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Opening:
     async def open(self, effect: core.Open) -> None:
         """Serve the next iteration; if its model cannot be had now, ``open_late`` is to try again."""
         again, self.number = self.number == effect.number, 0
+        if self._driver.policy.cipher_rounds:
+            self._driver.run(CipherState(self._driver.joined_cluster()).release(effect.ended))
         candidate = self._parts.publication.take(effect.base) if effect.success else None
         made = candidate if candidate is not None and candidate.number == effect.ended else None
         if made is not None:

@@ -15,7 +15,7 @@ from twisted.logger import Logger
 
 from fedcore.config import hyper_parameters
 from fedcore.core import model_info
-from fedcore.core.iteration import Iteration
+from fedcore.core.iteration import CipherRound, Iteration
 from fedcore.ledger.layout import Epoch
 from fedcore.services.ledgers import Ledgers
 from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Look, Raised, Snapshot
@@ -111,8 +111,13 @@ class Memory:
         if snapshot.typical is not None:  # a Redis that has forgotten it is no reason to
             self.typical = snapshot.typical
         self.sealed_at = self._here("sealed", snapshot.sealed_ago, snapshot.clock, asked)
+        rounds = []
+        for name, count, ago in snapshot.rounds:
+            first = self._here(name, ago, snapshot.clock, asked)
+            rounds.append(CipherRound(name, count, 0.0 if first is None else first))
         return replace(
             snapshot.iteration,
+            rounds=tuple(rounds),
             started=self._here("started", snapshot.started_ago, snapshot.clock, asked),
             first_upload=self._here("first_upload", snapshot.first_upload_ago, snapshot.clock, asked),
         )

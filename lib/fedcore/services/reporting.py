@@ -119,18 +119,25 @@ class Reporter:
         self._streak = Streak(failure_limit)
         self._evaluation = evaluation
         self._turn = defer.DeferredLock()  # iterations are told of in their order
+        self._cipher_rounds: tuple[str, ...] = ()
         metrics.show_phase(Phase.COLLECTING)
 
     def policy(self, policy: Policy) -> None:
         """Tell the numbers that rule iterations from now on."""
         self._metrics.quorums.labels("startFLJob").set(policy.start_threshold)
         self._metrics.quorums.labels("updateModel").set(policy.update_threshold)
+        for name, threshold in policy.cipher_rounds:
+            self._metrics.quorums.labels(name).set(threshold)
+        self._cipher_rounds = tuple(name for name, _ in policy.cipher_rounds)
 
     def changed(self, before: Iteration, now: Iteration) -> None:
         """Show the state of the current iteration."""
         self._metrics.iteration.set(now.number)
         self._metrics.counts.labels("startFLJob").set(now.selected)
         self._metrics.counts.labels("updateModel").set(now.uploaded)
+        for name in self._cipher_rounds:
+            known = now.round_named(name)
+            self._metrics.counts.labels(name).set(0 if known is None else known.count)
         self._metrics.attempt.set(now.attempt)
         if now.phase is not before.phase or now.number != before.number:
             self._metrics.show_phase(now.phase)

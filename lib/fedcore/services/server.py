@@ -19,9 +19,10 @@ from twisted.logger import Logger
 
 from fedcore.aggregation.arithmetic import Arithmetic, choose
 from fedcore.aggregation.rules import rule_named
+from fedcore.compression import mask
 from fedcore.config import Address, Settings
 from fedcore.config.settings import ServerMode, SumDevice
-from fedcore.core.iteration import Iteration, Policy
+from fedcore.core.iteration import REPORTS_ROUND, Iteration, Phase, Policy
 from fedcore.core.job import RunningState
 from fedcore.errors import ConfigError
 from fedcore.models import checkpoints
@@ -32,12 +33,13 @@ from fedcore.net.device_http import DeviceSite
 from fedcore.net.networks import Networks
 from fedcore.net.node_client import NodeClient
 from fedcore.net.node_listener import NodeListener
-from fedcore.net.routes import Limits, Route
+from fedcore.net.routes import Limits
 from fedcore.net.tls import Links
 from fedcore.observe.journal import Journal
 from fedcore.observe.metrics import ServerMetrics
 from fedcore.pki.chain import fits
 from fedcore.services.callbacks import Callback
+from fedcore.services.cipher_rounds import CipherRounds, cipher_routes
 from fedcore.services.client_api import ClientApi, DevicePages, device_routes
 from fedcore.services.departure import Departure
 from fedcore.services.device_identity import device_identity_of
@@ -52,7 +54,9 @@ from fedcore.services.publication import Publication
 from fedcore.services.reduction import Reduction
 from fedcore.services.reporting import Reporter
 from fedcore.services.supervision import WatchedThreads, longest_work
-from fedcore.services.terms import ledger_shape, update_limit
+from fedcore.services.terms import ledger_shape, slow_masks, update_limit
+from fedcore.services.unmasking import Unmasking
+from fedcore.services.update_forms import UpdateForms
 from fedcore.services.update_intake import UpdateIntake
 from fedcore.services.worker_rounds import WorkerRounds, worker_routes
 from fedcore.store.redis import Redis
@@ -148,8 +152,9 @@ class Server:
         peers = Peers(self._client)
         shape = ledger_shape(settings, layout)
         self.threads = threads = WatchedThreads(reactor, longest_work(shape.size))
+        forms = UpdateForms(settings, layout, history, threads)
         self._ledgers = ledgers = Ledgers(
-            options.ledger_dir, layout, shape, settings.fedcore.ledger.fsync, threads
+            options.ledger_dir, layout, shape, settings.fedcore.ledger.fsync, threads, forms
         )
         evaluation = evaluation_of(settings, reactor)
         self._intake = intake = UpdateIntake(
@@ -179,11 +184,13 @@ class Server:
             LossJudge(node_id, ledgers, peers, reactor),
             reporter,
             metrics,
+            Unmasking(template, settings.fedcore.secure_aggregation.mask_layout, metrics, reactor),
         )
         self.driver = driver = IterationDriver(node_id, settings, parts, lambda: "i_" + _stamp(), reactor)
         self._departure = Departure(driver, parts)
         reporter.on_iteration_end.append(callback.on_iteration_end)
         self._on_iteration_end = reporter.on_iteration_end
+        identity = device_identity_of(settings, _now_ms, metrics.show_device_trust)
         self._api = ClientApi(
             settings,
             layout,
@@ -193,7 +200,8 @@ class Server:
             reactor,
             _now_ms,
             random.random,
-            device_identity_of(settings, _now_ms, metrics.show_device_trust),
+            identity,
+            forms,
         )
         self._heartbeat = heartbeat = Heartbeat(
             lambda: driver.cluster, "server", node_id, str(address), reactor
@@ -205,13 +213,15 @@ class Server:
         ]
         prefix, allowed = settings.client.http_url_prefix, Networks(settings.fedcore.node.allow)
         workers: WorkerRounds | None = None
-        private: dict[bytes, Route] = {}
         if settings.server_mode is ServerMode.HYBRID_TRAINING:
             workers = WorkerRounds(driver, publication, template, device.hold_time, reactor)
-            if settings.fedcore.node.worker_http:
-                private = worker_routes(workers, prefix, longest, metrics, reactor.seconds)
         self.site = DeviceSite(
-            device_routes(self._api, prefix, metrics, reactor.seconds),
+            {
+                **device_routes(self._api, prefix, metrics, reactor.seconds),
+                **cipher_routes(
+                    CipherRounds(settings, self._api, reactor, identity), prefix, metrics, reactor.seconds
+                ),
+            },
             DevicePages(),
             Limits(
                 device.header_timeout,
@@ -224,7 +234,9 @@ class Server:
             ),
             device.max_connections,
             reactor,
-            private=private,
+            private=worker_routes(workers, prefix, longest, metrics, reactor.seconds)
+            if workers is not None and settings.fedcore.node.worker_http
+            else {},
             insiders=allowed,
             refused=metrics.refuse_device,
         )
@@ -241,6 +253,10 @@ class Server:
         metrics.connections.set_function(lambda: len(self.site.connections))
         metrics.redis_up.set_function(lambda: redis.available)
         self.services: list[Any] = [redis, self._client, intake, driver, heartbeat]
+        self._tell(settings, layout, newest)
+
+    def _tell(self, settings: Settings, layout: Layout, newest: int) -> None:
+        """Tell what is served, and what an operator should know of it."""
         self.log.info(
             "serving {name}: {weights} weights, {floats} values, model of iteration {newest}",
             name=settings.fl_name,
@@ -248,6 +264,8 @@ class Server:
             floats=layout.total_floats,
             newest=newest,
         )
+        if warning := slow_masks(settings, layout, mask.COMPILED):
+            self.log.warn("{warning}", warning=warning)
 
     def _arithmetic(self, device: SumDevice) -> Arithmetic:
         """Choose what computes sums and models, and tell where it is not what was asked for."""
@@ -325,6 +343,10 @@ def course_of(now: Iteration, policy: Policy) -> str:
     if now.running is not RunningState.RUNNING:
         return f"{where}, disabled"
     again = f", attempt {now.attempt}" if now.attempt > 1 else ""
+    if now.phase is Phase.UNMASKING:
+        reports = now.round_named(REPORTS_ROUND)
+        come = 0 if reports is None else reports.count
+        return f"{where}{again}, {now.phase}, {come} of {policy.completes(REPORTS_ROUND)} reports"
     return f"{where}{again}, {now.phase}, {now.uploaded} of {policy.update_threshold} updates"
 
 

@@ -17,17 +17,20 @@ from twisted.logger import Logger
 
 from fedcore.core.admission import Acceptance
 from fedcore.errors import FedcoreError, LocalError, StoreUnavailable
+from fedcore.ledger.decoding import Decoder, Reading
 from fedcore.ledger.layout import Epoch
 from fedcore.ledger.ledger import MERGE_BATCH, Ledger, Partial, Slot
 from fedcore.ledger.spool import Spool, open_spool
 from fedcore.services.evaluation import longest_vector, vector_of
-from fedcore.services.ledgers import Ledgers, update_of
+from fedcore.services.ledgers import Ledgers
+from fedcore.services.update_forms import update_of
 from fedcore.store.cluster_state import (
     ClientMeta,
     ClusterState,
     IterationMoved,
     LeaseLapsed,
     LedgerRevoked,
+    MaskedUpdate,
     OthersAwaited,
 )
 from fedcore.wire.messages import RequestUpdateModel
@@ -185,6 +188,8 @@ class UpdateIntake(Service):
         *,
         quorum: int,
         fit: bool,
+        reading: Reading | None = None,
+        masked: MaskedUpdate | None = None,
     ) -> tuple[Acceptance, int]:
         """Ask the shared state to count an update; if it says ACCEPTED, the slot is the ledger's from then on.
 
@@ -193,13 +198,15 @@ class UpdateIntake(Service):
         it is answered; the shared state answers a repeat as it did before, and ``seal`` waits meanwhile.
 
         A body in a slot of a ledger that is not this server's any more moves into the present one; ``slot`` names
-        its new place then.
+        its new place then. An update that is not plain comes with its ``reading``, a masked one with what is to be
+        known of it.
 
         Returns:
             The outcome, and the count of accepted updates where it is ACCEPTED.
 
         Raises:
-            StoreError: the shared state is not where the caller is.
+            StoreError: the shared state is not where the caller is, or the iteration starts from another model than
+                the one that the update was read against.
         """
         question = object()
         self._asking.add(question)
@@ -210,7 +217,16 @@ class UpdateIntake(Service):
                     self._move(slot, ledger)
                 try:
                     return await self._count(
-                        slot, request, cluster, ledger, number, attempt, quorum=quorum, fit=fit
+                        slot,
+                        request,
+                        cluster,
+                        ledger,
+                        number,
+                        attempt,
+                        quorum=quorum,
+                        fit=fit,
+                        reading=reading,
+                        masked=masked,
                     )
                 except LedgerRevoked:
                     if self._sealing or self._ledgers.own in (ledger, None):
@@ -238,14 +254,19 @@ class UpdateIntake(Service):
         *,
         quorum: int,
         fit: bool,
+        reading: Reading | None,
+        masked: MaskedUpdate | None,
     ) -> tuple[Acceptance, int]:
         """Have an update counted in a ledger, see ``accept``."""
         epoch, fl_id = self._epoch, request.fl_id or ""
-        if fit and not ledger.holds(fl_id):
-            ledger.record(slot, fl_id, request.upload_loss, request.upload_accuracy)
+        if reading is not None and (epoch is None or epoch.base != reading.base):
+            raise IterationMoved(number)
+        if fit and request.iteration == number and not ledger.holds(fl_id):
+            decoder = Decoder.PLAIN if reading is None else reading.decoder
+            ledger.record(slot, fl_id, request.upload_loss, request.upload_accuracy, decoder)
             await self._on_disk(ledger)
         acceptance, count, meta = await self._ask(
-            request, cluster, ledger, number, attempt, quorum, fit, epoch
+            request, cluster, ledger, number, attempt, quorum, fit, epoch, masked
         )
         if meta is None:
             return acceptance, count
@@ -254,7 +275,7 @@ class UpdateIntake(Service):
         if not fit or ledger.holds(fl_id):
             # Counted before. If this ledger does not hold it yet, the question that brought it is still open.
             return Acceptance.REPEATED, count
-        ledger.accept(slot, update_of(request, meta.data_size, meta.eval_data_size))
+        ledger.accept(slot, update_of(request, meta.data_size, meta.eval_data_size, reading))
         self._merge()
         with contextlib.suppress(
             StoreUnavailable
@@ -293,6 +314,7 @@ class UpdateIntake(Service):
         quorum: int,
         fit: bool,
         epoch: Epoch | None,
+        masked: MaskedUpdate | None,
     ) -> tuple[Acceptance, int, ClientMeta | None]:
         limit = self._reactor.seconds() + self._room_timeout
         late, again = (
@@ -314,6 +336,7 @@ class UpdateIntake(Service):
                     again=again,
                     vector=vector,
                     kept=self._vectors_kept,
+                    masked=masked,
                 )
             except LedgerRevoked:
                 # Not on record yet, or forgotten: within a second the driver sees to it or drops the ledger.

@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 from fedcore.core.admission import Acceptance, Selection
 from fedcore.core.client_key import client_key
-from fedcore.core.iteration import MADE, Iteration, Phase
+from fedcore.core.iteration import EXCHANGE_ROUNDS, MADE, UNMASK_ROUNDS, Iteration, Phase
 from fedcore.core.job import RunningState
 from fedcore.errors import StoreError
 from fedcore.store import keys
 from fedcore.store.redis import Argument, Redis
+
+CIPHER_ROUNDS = (*EXCHANGE_ROUNDS, *UNMASK_ROUNDS)
 
 
 class StateMissing(StoreError):
@@ -74,6 +76,8 @@ class Snapshot:
         result: why it ended.
         clock: when that was, seconds by Redis' clock.
         typical: seconds that the last valid iteration took from its last place to its end, None if none has filled up.
+        rounds: the cipher rounds that have begun: name, requests counted, seconds since the first of them.
+        run: run id of the Redis that has had all of the iteration since its first place, "" if none is known to.
     """
 
     iteration: Iteration
@@ -86,6 +90,8 @@ class Snapshot:
     result: str
     clock: float = field(default=0.0, compare=False, repr=False)
     typical: float | None = None
+    rounds: tuple[tuple[str, int, float], ...] = ()
+    run: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +159,18 @@ class ClientMeta:
         return cls(int(data_size), int(eval_data_size), int(start_ms), *(part.decode() for part in key))
 
 
+class MaskedUpdate(NamedTuple):
+    """What the shared state is to know of a masked update.
+
+    Attributes:
+        after: the last cipher round before it, which its client must have ended.
+        digest: of its bytes: under the same masks it may come again, but not with others.
+    """
+
+    after: str
+    digest: bytes
+
+
 class Reserve(NamedTuple):
     """How a refused client's place is kept.
 
@@ -196,7 +214,7 @@ class ClusterState:
         self.redis = redis
         self.keys = keys.InstanceKeys(fl_name, instance)
         self._job_ttl = keys.job_ttl(global_window_ms)
-        self._iteration_ttl = keys.iteration_ttl(global_window_ms)
+        self.iteration_ttl = keys.iteration_ttl(global_window_ms)
         self._evaluation_ttl = keys.evaluation_ttl(global_window_ms)
         self._channel = keys.changes(fl_name)
 
@@ -263,7 +281,7 @@ class ClusterState:
             number,
             ledger_id,
             node_id,
-            self._iteration_ttl,
+            self.iteration_ttl,
             base,
             *pairs,
         ]
@@ -320,9 +338,10 @@ class ClusterState:
             meta.pack(),
             places,
             int(fit),
-            self._iteration_ttl,
+            self.iteration_ttl,
             *reserve,
             self.keys.instance,
+            self.redis.run_id,
         ]
         word, count = await self.redis.script("select_client", names, arguments)
         self._raise_if_elsewhere(word, count)
@@ -377,6 +396,7 @@ class ClusterState:
         again: bool = False,
         vector: bytes = b"",
         kept: int = 0,
+        masked: MaskedUpdate | None = None,
     ) -> tuple[Acceptance, int, ClientMeta | None]:
         """Count an update; the answer ACCEPTED is the only permission to say 200.
 
@@ -393,6 +413,7 @@ class ClusterState:
                 Redis has forgotten some, takes it back.
             vector: the client's evaluation vector, kept in the same step if the update is counted now; b"" for none.
             kept: of how many clients the vectors are kept, the newest of each.
+            masked: what is to be known of a masked update, None for others.
 
         Returns:
             The outcome, the count of accepted updates and the client's meta where it is ACCEPTED. An update that
@@ -423,15 +444,18 @@ class ClusterState:
             quorum,
             ledger_id,
             int(fit),
-            self._iteration_ttl,
+            self.iteration_ttl,
             node_id,
             self.keys.instance,
             int(keys.HOLD_OFF_S * 1000),
             int(again),
         ]
-        if vector and kept:
+        if (vector and kept) or masked is not None:
             names += [self.keys.evaluated, self.keys.evaluation]
-            arguments += [vector, kept, self._evaluation_ttl]
+            arguments += [vector if kept else b"", kept, self._evaluation_ttl]
+        if masked is not None:
+            names += [self.keys.cipher_round(number, masked.after), self.keys.masked(number)]
+            arguments.append(masked.digest)
         word, count, text = await self.redis.script("accept_upload", names, arguments)
         self._raise_if_elsewhere(word, count)
         acceptance = Acceptance(word.decode())
@@ -464,6 +488,16 @@ class ClusterState:
         """Return what a client declared when it got its place in an iteration, None if it has none."""
         meta = await self.redis.command("HGET", self.keys.clients(number), client_key(fl_id))
         return None if meta is None else ClientMeta.unpack(meta)
+
+    async def data_size(self, number: int) -> tuple[int, int]:
+        """Return of how many clients an update of an iteration is counted, and how many training samples they declared.
+
+        A client of whom that is not known is left out.
+        """
+        counted = [client.decode() for client in await self.redis.command("HKEYS", self.keys.uploads(number))]
+        metas = await self.redis.command("HMGET", self.keys.clients(number), *counted) if counted else []
+        sizes = [ClientMeta.unpack(meta).data_size for meta in metas if meta is not None]
+        return len(sizes), sum(sizes)
 
     async def counted(self, number: int, ledger_id: str, fl_ids: Sequence[str]) -> dict[str, ClientMeta]:
         """Return those of the clients whose update of an iteration is counted in this ledger."""
@@ -502,7 +536,15 @@ class ClusterState:
         return bool(await self.redis.script("seal", names, [self._channel, number, attempt, quorum]))
 
     async def record_model(
-        self, number: int, attempt: int, token: str, digest: str, updates: int, phase: Phase
+        self,
+        number: int,
+        attempt: int,
+        token: str,
+        digest: str,
+        updates: int,
+        phase: Phase,
+        *,
+        exchanged: bool = False,
     ) -> bool:
         """Name the model that the finaliser has made of the updates, by compare-and-set.
 
@@ -512,13 +554,16 @@ class ClusterState:
             token: of the finaliser.
             digest: of the model.
             updates: how many are in it.
-            phase: what follows, CANDIDATE, or TRAINING if a worker is to train it further.
+            phase: what follows, CANDIDATE, TRAINING if a worker is to train it further, or UNMASKING if devices are to
+                help to take masks off it.
+            exchanged: whether devices have exchanged keys for it, which no other Redis may have had than this one.
 
         Returns:
             False if the state or the token is another one, or more or fewer updates are counted by now.
         """
         names = [self.keys.status, self.keys.uploads(number)]
         arguments: list[Argument] = [number, attempt, token, digest, updates, phase.value, self._channel]
+        arguments.append(self.redis.run_id if exchanged else "")
         return bool(await self.redis.script("record_model", names, arguments))
 
     async def push_weight(self, number: int, attempt: int, aggregate: str, digest: str) -> bool:
@@ -756,4 +801,6 @@ def _snapshot(answer: Sequence[bytes | int]) -> Snapshot:
         text("lastIterationResult"),
         now_ms / 1000,
         int(text("typicalMs")) / 1000 if text("typicalMs") else None,
+        tuple((name, int(text(name)), ago(f"{name}:ms") or 0.0) for name in CIPHER_ROUNDS if text(name)),
+        text("run"),
     )

@@ -18,6 +18,14 @@
     I clients:Hash                                  hash    iteration  client -> "data_size,eval_data_size,start_ms",
                                                                        and where devices must sign ",key"
     I uploads:Hash                                  hash    iteration  client -> id of the ledger that holds its update
+    I rounds:Hash                                   hash    iteration  cipher round -> requests counted; "{round}:ms" ->
+                                                                       when the first was, by Redis' clock;
+                                                                       "list:run" -> run id of the Redis that first told
+                                                                       whose updates count
+    I {cipher round}:Hash                           hash    iteration  client -> what it has brought to the round: keys,
+                                                                       signature, report; or "1"
+    I shares:{client}:String                        string  iteration  sealed shares of others' secrets for this client
+    I masked:Hash                                   hash    iteration  client -> digest of the masked update it has sent
     P {run}:awaited:Hash                            hash    1 h        node id -> since when (ms) it may bring back what
                                                                        the Redis of this run id has lost, or "back"
     ms_fl:{fl}:signatures:{client}:String           string  see below  signatures that a client has used, where devices
@@ -29,15 +37,16 @@ the workers and schedulers of MindSpore Federated 0.1 read; the others are fedco
 (core/client_key.py), which a ledger knows too: so what Redis forgets can be brought back from the ledgers. Used
 signatures live until the time stamps under them are too old to be taken.
 
-Fields of status:Hash. Theirs: iterationNum, lastIterationSuccess ("0"/"1"), lastIterationResult, runningState.
-Ours: attempt, phase, token (of the finaliser, see claim_reduction.lua), fence (number of the last token), digest (of
-the candidate model, or of what a worker has trained), updates (in it), aggregate (digest of what a worker is to train
-further), loss and accuracy (as the worker tells them), base (digest of the model that devices train from), lost
-(updates of this iteration that were counted and then lost), disabled ("1" once a disabled job's iteration was ended),
-epoch (how many instances the job had before), startedMs, firstUploadMs, sealedMs and filledMs (of this iteration, by
-Redis' clock; the last: when its last place was taken), and typicalMs (how long the last valid iteration took from its
-filledMs to its end). A status that was written by the original lacks ours, and runningState may be missing: it then
-counts as running, collecting, in its first attempt.
+Fields of status:Hash. Theirs: iterationNum, lastIterationSuccess ("0"/"1"), lastIterationResult, runningState. Ours:
+attempt, phase, token (of the finaliser, see claim_reduction.lua), fence (number of the last token), digest (of the
+candidate model, or of what a worker has trained), updates (in it), aggregate (digest of what a worker is to train
+further, or devices help to take masks off), loss and accuracy (as the worker tells them), base (digest of the model
+that devices train from), lost (updates of this iteration that were counted and then lost), disabled ("1" once a
+disabled job's iteration was ended), epoch (how many instances the job had before), run (run id of the Redis that has
+had all of this iteration since its first place; "" or none if it may have lost some), startedMs, firstUploadMs,
+sealedMs and filledMs (of this iteration, by Redis' clock; the last: when its last place was taken), and typicalMs (how
+long the last valid iteration took from its filledMs to its end). A status that was written by the original lacks ours,
+and runningState may be missing: it then counts as running, collecting, in its first attempt.
 """
 
 from __future__ import annotations
@@ -155,6 +164,22 @@ class InstanceKeys:
     def clients(self, iteration: int) -> str:
         """Clients that hold a place in an iteration."""
         return f"{self.prefix}{iteration}:clients:Hash"
+
+    def rounds(self, iteration: int) -> str:
+        """How far the cipher rounds of an iteration have come."""
+        return f"{self.prefix}{iteration}:rounds:Hash"
+
+    def cipher_round(self, iteration: int, round_name: str) -> str:
+        """What clients have brought to one cipher round of an iteration."""
+        return f"{self.prefix}{iteration}:{round_name}:Hash"
+
+    def shares(self, iteration: int, client: str) -> str:
+        """Shares of others' secrets that are for one client."""
+        return f"{self.prefix}{iteration}:shares:{client}:String"
+
+    def masked(self, iteration: int) -> str:
+        """Digests of the masked updates that were counted."""
+        return f"{self.prefix}{iteration}:masked:Hash"
 
     def uploads(self, iteration: int) -> str:
         """Accepted updates of an iteration."""

@@ -213,8 +213,8 @@ def encode(message: object) -> bytes:
 def encode_parts(message: object) -> tuple[bytes, ...]:
     """Write one message as a finished FlatBuffer in pieces, to be sent one behind the other.
 
-    A ``feature_map`` may be an ImageSelection instead of a tuple: its tables are then not written again, the
-    prebuilt tail of the model image is the last piece, itself and not a copy.
+    A ``feature_map`` or ``compress_feature_map`` may be an ImageSelection instead of a tuple: its tables are then not
+    written again, the prebuilt tail of the model image is the last piece, itself and not a copy.
 
     Raises:
         LocalError: a value does not fit its slot.

@@ -282,6 +282,212 @@ class ResponseGetModel:
     compress_feature_map: tuple[CompressFeatureMap, ...] | None = None
 
 
+# ---- cipher rounds
+
+
+@dataclass(frozen=True, slots=True)
+class ClientPublicKeys:
+    """The public keys of a member, as the others see them; the last four only where devices must sign."""
+
+    fl_id: String = None
+    c_pk: UBytes = None
+    s_pk: UBytes = None
+    pw_iv: UBytes = None
+    pw_salt: UBytes = None
+    timestamp: String = None
+    iteration: Int = 0
+    signature: UBytes = None
+    certificate_chain: Strings = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClientShare:
+    """A share: towards the server ``fl_id`` is who it is for, or whose secret it is of; from it, whose secret."""
+
+    fl_id: String = None
+    share: UBytes = None
+    index: Int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestExchangeKeys:
+    """A client's public keys: 32 bytes each, as the salt is; 16 bytes each initial counter block."""
+
+    fl_id: String = None
+    c_pk: UBytes = None
+    s_pk: UBytes = None
+    iteration: Int = 0
+    timestamp: String = None
+    ind_iv: UBytes = None
+    pw_iv: UBytes = None
+    pw_salt: UBytes = None
+    signature: UBytes = None
+    certificate_chain: Strings = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseExchangeKeys:
+    """Whether the client's keys are in the list."""
+
+    retcode: Int = 0
+    reason: String = None
+    next_req_time: String = None
+    iteration: Int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GetExchangeKeys:
+    """A client asks for everybody's keys."""
+
+    fl_id: String = None
+    iteration: Int = 0
+    timestamp: String = None
+    signature: UBytes = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnExchangeKeys:
+    """Everybody's keys, the caller's own among them."""
+
+    retcode: Int = 0
+    iteration: Int = 0
+    remote_publickeys: tuple[ClientPublicKeys, ...] | None = None
+    next_req_time: String = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestShareSecrets:
+    """A client's shares of its two secrets, one sealed record for each other member."""
+
+    fl_id: String = None
+    encrypted_shares: tuple[ClientShare, ...] | None = None
+    iteration: Int = 0
+    timestamp: String = None
+    signature: UBytes = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseShareSecrets:
+    """Whether the shares are stored."""
+
+    retcode: Int = 0
+    reason: String = None
+    next_req_time: String = None
+    iteration: Int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GetShareSecrets:
+    """A client asks for the shares that are addressed to it."""
+
+    fl_id: String = None
+    iteration: Int = 0
+    timestamp: String = None
+    signature: UBytes = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnShareSecrets:
+    """The shares that others have addressed to the caller."""
+
+    retcode: Int = 0
+    iteration: Int = 0
+    encrypted_shares: tuple[ClientShare, ...] | None = None
+    next_req_time: String = None
+
+
+@dataclass(frozen=True, slots=True)
+class GetClientList:
+    """A client asks whose updates count."""
+
+    fl_id: String = None
+    iteration: Int = 0
+    timestamp: String = None
+    signature: UBytes = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnClientList:
+    """The ids of those whose updates count."""
+
+    retcode: Int = 0
+    reason: String = None
+    clients: Strings = None
+    iteration: Int = 0
+    next_req_time: String = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClientListSign:
+    """A client's signature under the list that it was told."""
+
+    fl_id: String = None
+    signature: UBytes = None
+
+
+@dataclass(frozen=True, slots=True)
+class SendClientListSign:
+    """A client's signature under the list that it was told; ``req_signature`` is that of the request itself."""
+
+    fl_id: String = None
+    iteration: Int = 0
+    timestamp: String = None
+    signature: UBytes = None
+    req_signature: UBytes = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseClientListSign:
+    """Whether the signature is stored."""
+
+    retcode: Int = 0
+    reason: String = None
+    iteration: Int = 0
+    next_req_time: String = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestAllClientListSign:
+    """A client asks what the others have signed."""
+
+    fl_id: String = None
+    iteration: Int = 0
+    timestamp: String = None
+    signature: UBytes = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnAllClientListSign:
+    """Everybody's signatures under the list."""
+
+    retcode: Int = 0
+    reason: String = None
+    client_list_sign: tuple[ClientListSign, ...] | None = None
+    iteration: Int = 0
+    next_req_time: String = None
+
+
+@dataclass(frozen=True, slots=True)
+class SendReconstructSecret:
+    """A client's report: for each owner whose record it could open, one share in plain."""
+
+    fl_id: String = None
+    reconstruct_secret_shares: tuple[ClientShare, ...] | None = None
+    iteration: Int = 0
+    timestamp: String = None
+    signature: UBytes = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReconstructSecret:
+    """Whether the report is taken."""
+
+    retcode: Int = 0
+    reason: String = None
+    iteration: Int = 0
+    next_req_time: String = None
+
+
 # ---- worker rounds
 
 
@@ -335,6 +541,36 @@ class ResponsePushMetrics:
     retcode: Int = 0
 
 
-Request = RequestFLJob | RequestUpdateModel | RequestGetModel
-Reply = ResponseFLJob | ResponseUpdateModel | ResponseGetModel
-Round = Literal["startFLJob", "updateModel", "getModel"]
+CipherRequest = (
+    RequestExchangeKeys
+    | GetExchangeKeys
+    | RequestShareSecrets
+    | GetShareSecrets
+    | GetClientList
+    | SendClientListSign
+    | RequestAllClientListSign
+    | SendReconstructSecret
+)
+CipherReply = (
+    ResponseExchangeKeys
+    | ReturnExchangeKeys
+    | ResponseShareSecrets
+    | ReturnShareSecrets
+    | ReturnClientList
+    | ResponseClientListSign
+    | ReturnAllClientListSign
+    | ReconstructSecret
+)
+CipherRound = Literal[
+    "exchangeKeys",
+    "getKeys",
+    "shareSecrets",
+    "getSecrets",
+    "getClientList",
+    "pushListSign",
+    "getListSign",
+    "reconstructSecrets",
+]
+Request = RequestFLJob | RequestUpdateModel | RequestGetModel | CipherRequest
+Reply = ResponseFLJob | ResponseUpdateModel | ResponseGetModel | CipherReply
+Round = Literal["startFLJob", "updateModel", "getModel"] | CipherRound

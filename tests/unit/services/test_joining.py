@@ -12,7 +12,7 @@ from model.server_in_memory import PromptRedis, RecordedStore
 from twisted.internet import defer
 from twisted.logger import globalLogPublisher
 
-from fedcore.config import EncryptType, Settings, hyper_parameters
+from fedcore.config import EncryptType, Settings, UploadCompressType, hyper_parameters
 from fedcore.core.job import RunningState
 from fedcore.errors import ConfigError, StoreError, StoreUnavailable
 from fedcore.services.joining import Joined, join
@@ -120,10 +120,38 @@ def test_another_model_is_refused_with_a_remedy(store: RecordedStore) -> None:
 def test_a_value_of_the_cluster_that_is_not_served_is_refused(store: RecordedStore) -> None:
     joined(store)
     values = json.loads(store.texts[VALUES])
-    store.texts[VALUES] = json.dumps({**values, "encrypt_type": EncryptType.PW_ENCRYPT.value})
-    with pytest.raises(ConfigError, match=r"encrypt.encrypt_type is PW_ENCRYPT") as caught:
+    store.texts[VALUES] = json.dumps({**values, "encrypt_type": EncryptType.STABLE_PW_ENCRYPT.value})
+    with pytest.raises(ConfigError, match="STABLE_PW_ENCRYPT") as caught:
         joined(store)
     assert "cluster's hyper-parameters" in str(caught.value.hint)
+
+
+def test_a_value_of_the_cluster_that_does_not_go_with_the_file_is_refused(store: RecordedStore) -> None:
+    joined(store)
+    values = json.loads(store.texts[VALUES])
+    store.texts[VALUES] = json.dumps({**values, "encrypt_type": EncryptType.SIGNDS.value})
+    assert joined(store).settings.encrypt.encrypt_type is EncryptType.SIGNDS
+    bound = replace(SETTINGS.fedcore.update, norm_bound=1.0)
+    bounded = replace(SETTINGS, fedcore=replace(SETTINGS.fedcore, update=bound))
+    with pytest.raises(ConfigError, match="norm_bound measures updates") as caught:
+        joined(store, bounded)
+    assert "cluster's hyper-parameters" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("protection", "expected"),
+    [
+        (EncryptType.SIGNDS, UploadCompressType.NO_COMPRESS),
+        (EncryptType.DP_ENCRYPT, UploadCompressType.DIFF_SPARSE_QUANT),
+    ],
+)
+def test_signed_uploads_are_not_compressed_whatever_the_cluster_says(
+    store: RecordedStore, protection: EncryptType, expected: UploadCompressType
+) -> None:
+    joined(store)
+    sparse = {"encrypt_type": protection.value, "upload_compress_type": "DIFF_SPARSE_QUANT"}
+    store.texts[VALUES] = json.dumps({**json.loads(store.texts[VALUES]), **sparse})
+    assert joined(store).settings.compression.upload_compress_type is expected
 
 
 def test_a_refused_server_has_made_no_status(store: RecordedStore) -> None:

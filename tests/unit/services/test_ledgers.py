@@ -19,8 +19,9 @@ from fedcore.errors import StoreUnavailable
 from fedcore.ledger.copy import FileCopy
 from fedcore.ledger.files import MappedFile, create_file, ledger_files, open_file
 from fedcore.ledger.layout import Damaged, Epoch, Shape
-from fedcore.ledger.ledger import Ledger, Partial, Update
+from fedcore.ledger.ledger import Ledger, Partial, Read, Update
 from fedcore.services.ledgers import Ledgers, Whereabouts
+from fedcore.services.update_forms import update_of
 from fedcore.services.update_intake import UpdateIntake
 from fedcore.store.cluster_state import ClientMeta, LeftOut
 from fedcore.store.keys import REVOKED
@@ -144,13 +145,15 @@ class Dead:
         self.ledger.begin(epoch)
         shared.owners[self.ledger.id] = owner
 
-    def upload(self, fl_id: str, value: float, *, counted: bool = True, accepted: bool = False) -> None:
+    def upload(
+        self, fl_id: str, value: float, *, counted: bool = True, accepted: bool = False, decoder: int = 0
+    ) -> None:
         slot = self.ledger.receive()
         assert slot is not None
         body = codec.encode(request_of(fl_id, value))
         slot.buffer[: len(body)] = body
         slot.length = len(body)
-        self.ledger.record(slot, fl_id, 0.5, 0.25)
+        self.ledger.record(slot, fl_id, 0.5, 0.25, decoder)
         if counted:
             self.shared.uploads[fl_id] = self.ledger.id
         if accepted:
@@ -158,6 +161,22 @@ class Dead:
 
     def die(self) -> None:
         self.file.close()
+
+
+class Forms:
+    """Stands for UpdateForms: every update is plain, whatever its record says; notes what was read."""
+
+    def __init__(self, *bases: str) -> None:
+        self.bases = set(bases)
+        self.read: list[tuple[str, int]] = []  # client, decoder
+
+    def reader(self, base: str) -> Read | None:
+        def read(body: memoryview, data_size: int, eval_data_size: int, decoder: int) -> Update:
+            update = update_of(codec.decode(RequestUpdateModel, body), data_size, eval_data_size)
+            self.read.append((update.fl_id, decoder))
+            return update
+
+        return read if base in self.bases else None
 
 
 @pytest.fixture
@@ -269,6 +288,39 @@ class TestAdoption:
         assert adopt(ledgers, shared) == []
         assert len(ledger_files(tmp_path)) == left
         assert shared.owners[dead.ledger.id] == "dead"
+
+    def test_waits_for_the_model_that_its_updates_were_made_from(
+        self, tmp_path: Path, shared: Shared
+    ) -> None:
+        forms = Forms()
+        ledgers = Ledgers(tmp_path, MODEL, SHAPE, False, Reactor(), forms)
+        ledgers.begin(EPOCH)
+        dead = Dead(tmp_path, shared)
+        dead.upload("a", 1.0, accepted=True)
+        dead.die()
+        assert (adopt(ledgers, shared), shared.owners) == ([], {dead.ledger.id: "dead"})
+        forms.bases.add(EPOCH.base)
+        assert adopt(ledgers, shared) == [dead.ledger.id]
+        assert ledgers.adopted[dead.ledger.id].sums.tolist() == [1.0] * 4
+
+    @pytest.mark.parametrize("accepted", [False, True])
+    def test_decodes_what_is_not_plain_in_a_thread(
+        self, tmp_path: Path, shared: Shared, accepted: bool
+    ) -> None:
+        forms, reactor = Forms(EPOCH.base), Reactor(at_once=False)
+        ledgers = Ledgers(tmp_path, MODEL, SHAPE, False, reactor, forms)
+        ledgers.begin(EPOCH)
+        dead = Dead(tmp_path, shared)
+        dead.upload("a", 1.0, accepted=accepted, decoder=1)
+        dead.upload("b", 10.0)
+        dead.die()
+        adopted = defer.Deferred.fromCoroutine(ledgers.adopt(shared, EPOCH, "me"))  # type: ignore[arg-type]
+        assert forms.read == []
+        while reactor.jobs:
+            reactor.work()
+        assert result_of(adopted) == [dead.ledger.id]
+        assert sorted(forms.read) == [("a", 1), ("b", 0)]
+        assert ledgers.adopted[dead.ledger.id].sums.tolist() == [11.0] * 4
 
     def test_of_nothing_makes_room_at_once(self, tmp_path: Path, shared: Shared, ledgers: Ledgers) -> None:
         dead = Dead(tmp_path, shared)

@@ -16,7 +16,7 @@ from twisted.internet import defer
 from twisted.logger import LogLevel, globalLogPublisher
 
 from fedcore.config import EvalType
-from fedcore.core.iteration import Iteration, Phase, Policy
+from fedcore.core.iteration import CipherRound, Iteration, Phase, Policy
 from fedcore.observe.journal import Journal
 from fedcore.observe.metrics import ServerMetrics
 from fedcore.services.evaluation import Evaluation
@@ -66,6 +66,16 @@ def test_policy(told: Told) -> None:
     told.reporter.policy(Policy(5, 4, 1.0, 1.0, 1.0, 9))
     assert told.metric("fl_iteration_quorum_clients", round="startFLJob") == 5
     assert told.metric("fl_iteration_quorum_clients", round="updateModel") == 4
+
+
+def test_cipher_rounds_are_shown_where_there_are_any(told: Told) -> None:
+    told.reporter.policy(replace(Policy(5, 4, 1.0, 1.0, 1.0, 9), cipher_rounds=(("getKeys", 3),)))
+    assert told.metric("fl_iteration_quorum_clients", round="getKeys") == 3
+    first = Iteration(3, rounds=(CipherRound("getKeys", 2, 1.0),))
+    told.reporter.changed(Iteration(3), first)
+    assert told.metric("fl_iteration_clients", round="getKeys") == 2
+    told.reporter.changed(first, Iteration(4))
+    assert told.metric("fl_iteration_clients", round="getKeys") == 0
 
 
 def test_a_change_is_shown(told: Told) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from fedcore.core.iteration import Iteration, Phase, Policy
+from fedcore.core.iteration import CipherRound, Iteration, Phase, Policy
 from fedcore.core.job import RunningState
 from fedcore.errors import ConfigError
 from fedcore.services.server import ServerOptions, check_writable, course_of, size_of_models
 
-POLICY = Policy(10, 8, 1.0, 1.0, 1.0, last_iteration=20)
+POLICY = Policy(10, 8, 1.0, 1.0, 1.0, last_iteration=20, cipher_rounds=(("reconstructSecrets", 5),))
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,11 @@ POLICY = Policy(10, 8, 1.0, 1.0, 1.0, last_iteration=20)
         (
             Iteration(7, 2, Phase.REDUCING, uploaded=8),
             "iteration 7 of 20, attempt 2, reducing, 8 of 8 updates",
+        ),
+        (Iteration(7, phase=Phase.UNMASKING, uploaded=8), "iteration 7 of 20, unmasking, 0 of 5 reports"),
+        (
+            Iteration(7, phase=Phase.UNMASKING, rounds=(CipherRound("reconstructSecrets", 6, 1.0),)),
+            "iteration 7 of 20, unmasking, 6 of 5 reports",
         ),
         (Iteration(20, phase=Phase.TRAINING, uploaded=8), "iteration 20 of 20, training, 8 of 8 updates"),
         (Iteration(7, running=RunningState.DISABLE), "iteration 7 of 20, disabled"),

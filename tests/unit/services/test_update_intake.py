@@ -19,6 +19,7 @@ from unit.ledger.tracing import Tracing
 from fedcore.core.admission import Acceptance
 from fedcore.errors import LocalError, StoreUnavailable
 from fedcore.ledger import layout
+from fedcore.ledger.decoding import Decoder, Reading
 from fedcore.ledger.files import NoSpace
 from fedcore.ledger.layout import Epoch, Shape, SlotState
 from fedcore.ledger.ledger import MERGE_BATCH, Ledger, Partial, Slot
@@ -32,6 +33,7 @@ from fedcore.store.cluster_state import (
     IterationMoved,
     LeaseLapsed,
     LedgerRevoked,
+    MaskedUpdate,
     OthersAwaited,
     StateMissing,
 )
@@ -63,6 +65,7 @@ class Question:
     again: bool = False
     vector: bytes = b""
     kept: int = 0
+    masked: MaskedUpdate | None = None
     reply: defer.Deferred[tuple[Acceptance, int, ClientMeta | None]] = field(default_factory=defer.Deferred)
 
     def answer(self, acceptance: Acceptance, count: int = 1) -> None:
@@ -100,9 +103,10 @@ class SharedState:
         again: bool = False,
         vector: bytes = b"",
         kept: int = 0,
+        masked: MaskedUpdate | None = None,
     ) -> tuple[Acceptance, int, ClientMeta | None]:
         asked = (number, attempt, requested, fl_id, quorum, ledger_id, node_id, fit)
-        question = Question(asked, again, vector, kept)
+        question = Question(asked, again, vector, kept, masked)
         self.questions.append(question)
         return await question.reply
 
@@ -233,6 +237,9 @@ class World:
         slot: Slot | None = None,
         attempt: int = 1,
         evaluation: UnsupervisedEvalItems | None = None,
+        reading: Reading | None = None,
+        iteration: int | None = None,
+        masked: MaskedUpdate | None = None,
     ) -> defer.Deferred[tuple[Acceptance, int]]:
         """A device's update comes in; its question is the newest of ``shared.questions``."""
         slot = slot or self.complete(self.intake.receive(BODY))
@@ -241,7 +248,7 @@ class World:
         values[:] = value
         request = RequestUpdateModel(
             fl_id=fl_id,
-            iteration=self.number,
+            iteration=self.number if iteration is None else iteration,
             feature_map=(FeatureMap("w", values),),
             timestamp="1",
             upload_loss=0.5,
@@ -257,6 +264,8 @@ class World:
                 attempt,
                 quorum=9,
                 fit=fit,
+                reading=reading,
+                masked=masked,
             )
         )
 
@@ -668,6 +677,43 @@ class TestRecord:
         assert not second.called
         durable.reactor.work()
         assert [question.asked[3] for question in durable.shared.questions] == ["b"]
+
+
+class TestForms:
+    """Updates that are not plain weights."""
+
+    def reading(self, base: str = epoch_of(5).base) -> Reading:
+        return Reading(Decoder.SIGN, base, lambda data_size: {"w": np.full(4, 10.0 * data_size, np.float32)})
+
+    def test_what_is_read_is_in_the_sum_and_how_on_record(self, world: World) -> None:
+        uploaded = world.upload("a", 1.0, reading=self.reading())
+        _, found = layout.examine(memoryview(world.storage.content))
+        assert [entry.record.decoder for entry in found.pending] == [Decoder.SIGN]
+        world.shared.questions[-1].answer(ACCEPTED)
+        assert result_of(uploaded) == (ACCEPTED, 1)
+        assert sums_of(result_of(world.seal())) == [10.0 * META.data_size] * 4
+
+    def test_a_masked_update_tells_the_shared_state_what_it_is(self, world: World) -> None:
+        masked = MaskedUpdate("getSecrets", bytes(32))
+        uploaded = world.upload("a", 1.0, masked=masked)
+        world.shared.questions[-1].lose()
+        world.reactor.advance(RETRY_S)
+        assert [question.masked for question in world.shared.questions] == [masked, masked]
+        world.shared.questions[-1].answer(ACCEPTED)
+        assert result_of(uploaded) == (ACCEPTED, 1)
+
+    def test_nothing_is_asked_for_what_was_read_against_another_model(self, world: World) -> None:
+        uploaded = world.upload("a", 1.0, reading=self.reading(epoch_of(4).base))
+        with pytest.raises(IterationMoved):
+            result_of(uploaded)
+        assert (world.shared.questions, world.on_record()) == ([], {})
+
+    def test_what_is_of_another_iteration_is_not_put_on_record(self, world: World) -> None:
+        """It is never counted; and after a crash it might be taken for the one that is."""
+        uploaded = world.upload("a", 1.0, iteration=4)
+        assert world.on_record() == {}
+        world.shared.questions[-1].answer(Acceptance.OTHER_ITERATION)
+        assert result_of(uploaded)[0] is Acceptance.OTHER_ITERATION
 
 
 class TestRepeats:

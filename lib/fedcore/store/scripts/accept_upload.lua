@@ -1,19 +1,23 @@
 -- Count an update, at most once, and never beyond the quorum. The only permission to answer 200.
 -- KEYS: status hash, clients hash, uploads hash (both of iteration ARGV[1]), uploads hash of the request's iteration,
 --       ledgers hash, heartbeat of the server, name of the job's instance, awaited hash of this Redis; and, if the update
---       brings an evaluation vector, zset and hash of these vectors
+--       brings an evaluation vector or is masked, zset and hash of these vectors; and if it is masked, hash of the
+--       cipher round that ends before it, and masked hash
 -- ARGV: the server's iteration, its attempt, the request's iteration, client, quorum, ledger id,
 --       1 if the weights may count, lifetime in seconds, node id of the server, the server's instance, milliseconds to
 --       wait for others, 1 if this question was asked before and its answer lost; and, with a vector, the vector, how
---       many clients' vectors are kept, their lifetime in seconds
+--       many clients' vectors are kept, their lifetime in seconds; if the update is masked, a digest of it
 -- Returns {word, number, text}: "missing" (or the job has another instance); "closed" (another iteration or attempt: number is the current iteration);
 -- "revoked" (the ledger is not the server's), "lapsed" (the server's lease has run out); "awaited" (another server may
 -- hold this client's update already, and has not brought it back yet);
--- "repeated" (text is the ledger that holds it), "full", "unknown", "other", "unfit", or "accepted" (number is the
+-- "repeated" (text is the ledger that holds it), "full", "unknown", "other", "unfit", "unprepared" (masked, by a client
+-- that did not end the cipher rounds), "changed" (masked, and not what it sent before), or "accepted" (number is the
 -- count, text the client's meta). A repeat by the same ledger is accepted again, even in a later attempt or while the job
 -- is disabled: its owner knows whether it has kept the update, or lost the first reply.
 -- A sealed iteration has its quorum: one below it has lost some that count. An update that was asked about before may be
 -- of them, and another server may have told its client that it counts: it is taken back, as long as no model is made.
+-- Two updates under the same masks would tell the difference of what is in them, so a masked one comes again, after its
+-- ledger was lost, only as it was.
 -- A vector is kept in the same step as its update is counted, so a repeat keeps nothing twice. It takes the place of its
 -- client's one before; the oldest are dropped beyond the number that is kept.
 local name = redis.call('GET', KEYS[7])
@@ -26,6 +30,8 @@ local number, attempt, phase, state =
   unpack(redis.call('HMGET', KEYS[1], 'iterationNum', 'attempt', 'phase', 'runningState'))
 if not number then return {'missing', 0, ''} end
 if number ~= ARGV[1] then return {'closed', tonumber(number), ''} end
+local masked = ARGV[16] and redis.call('HGET', KEYS[12], ARGV[4])
+if masked and masked ~= ARGV[16] then return {'changed', 0, ''} end
 local count = redis.call('HLEN', KEYS[3])
 if holder then return {'accepted', count, redis.call('HGET', KEYS[2], ARGV[4])} end
 if (attempt or '1') ~= ARGV[2] or (state or '0') ~= '0' then return {'closed', tonumber(number), ''} end
@@ -44,8 +50,9 @@ local meta = redis.call('HGET', KEYS[2], ARGV[4])
 if not meta then return {'unknown', count, ''} end
 if ARGV[3] ~= number then return {'other', tonumber(number), ''} end
 if ARGV[7] ~= '1' then return {'unfit', count, ''} end
+if ARGV[16] and redis.call('HEXISTS', KEYS[11], ARGV[4]) == 0 then return {'unprepared', count, ''} end
 
-if ARGV[13] then
+if (ARGV[13] or '') ~= '' then
   local time = redis.call('TIME')
   redis.call('ZADD', KEYS[9], time[1] * 1000000 + time[2], ARGV[4])
   redis.call('HSET', KEYS[10], ARGV[4], ARGV[13])
@@ -54,6 +61,10 @@ if ARGV[13] then
   end
   redis.call('EXPIRE', KEYS[9], ARGV[15])
   redis.call('EXPIRE', KEYS[10], ARGV[15])
+end
+if ARGV[16] then
+  redis.call('HSET', KEYS[12], ARGV[4], ARGV[16])
+  redis.call('EXPIRE', KEYS[12], ARGV[8])
 end
 redis.call('HSET', KEYS[3], ARGV[4], ARGV[6])
 if count == 0 then

@@ -12,7 +12,7 @@ if (phase or 'collecting') ~= ARGV[4] or (token or '') ~= ARGV[5] then return 0 
 redis.call('HSET', KEYS[1], 'iterationNum', ARGV[6], 'lastIterationSuccess', ARGV[7],
   'lastIterationResult', ARGV[8], 'attempt', 1, 'phase', 'collecting')
 redis.call('HDEL', KEYS[1], 'token', 'aggregate', 'digest', 'updates', 'loss', 'accuracy', 'startedMs',
-  'firstUploadMs', 'sealedMs', 'filledMs', 'lost')
+  'firstUploadMs', 'sealedMs', 'filledMs', 'lost', 'run')
 if filled and ARGV[7] == '1' then
   local time = redis.call('TIME')
   local took = time[1] * 1000 + math.floor(time[2] / 1000) - filled

@@ -12,7 +12,7 @@ if state == '1' and mark then return 'already' end
 redis.call('HSET', KEYS[1], 'runningState', 1, 'disabled', 1, 'iterationNum', current + 1,
   'lastIterationSuccess', 0, 'lastIterationResult', ARGV[2], 'attempt', 1, 'phase', 'collecting')
 redis.call('HDEL', KEYS[1], 'token', 'aggregate', 'digest', 'updates', 'loss', 'accuracy', 'startedMs',
-  'firstUploadMs', 'sealedMs', 'filledMs', 'lost')
+  'firstUploadMs', 'sealedMs', 'filledMs', 'lost', 'run')
 redis.call('EXPIRE', KEYS[1], ARGV[3])
 redis.call('EXPIRE', ARGV[1] .. number .. ':clients:Hash', ARGV[4])
 redis.call('EXPIRE', ARGV[1] .. number .. ':uploads:Hash', ARGV[4])

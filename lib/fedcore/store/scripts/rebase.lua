@@ -12,7 +12,7 @@ if redis.call('HLEN', KEYS[2]) == 0 and (phase or 'collecting') == 'collecting' 
 redis.call('HSET', KEYS[1], 'iterationNum', ARGV[5], 'lastIterationSuccess', 0, 'lastIterationResult', ARGV[6],
   'attempt', 1, 'phase', 'collecting')
 redis.call('HDEL', KEYS[1], 'token', 'aggregate', 'digest', 'updates', 'loss', 'accuracy', 'startedMs',
-  'firstUploadMs', 'sealedMs', 'filledMs', 'lost')
+  'firstUploadMs', 'sealedMs', 'filledMs', 'lost', 'run')
 redis.call('EXPIRE', KEYS[2], ARGV[8])
 redis.call('EXPIRE', KEYS[3], ARGV[8])
 if ARGV[7] == '1' then redis.call('HSET', KEYS[1], 'runningState', 2) end

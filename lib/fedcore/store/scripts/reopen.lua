@@ -4,11 +4,12 @@
 -- KEYS: status hash, clients hash, uploads hash, ledgers hash, hash of all ledgers that were given up
 -- ARGV: channel for notices, iteration, attempt, expected phase, expected token, lifetime of the last two hashes in
 --       seconds, ledger id, ...
--- Returns {1, updates lost}, or {0, 0} if the state is another one. The ledgers are revoked: nobody may use them again.
+-- Returns {1, updates lost}, or {0, 0} if the state is another one, or devices may know whose updates count: they are to
+-- be told of one list only. The ledgers are revoked: nobody may use them again.
 local number, attempt, phase, token, state, sealed, started, first = unpack(redis.call('HMGET', KEYS[1], 'iterationNum',
   'attempt', 'phase', 'token', 'runningState', 'sealedMs', 'startedMs', 'firstUploadMs'))
 if number ~= ARGV[2] or (attempt or '1') ~= ARGV[3] or (state or '0') ~= '0' then return {0, 0} end
-if (phase or 'collecting') ~= ARGV[4] or (token or '') ~= ARGV[5] then return {0, 0} end
+if (phase or 'collecting') ~= ARGV[4] or (token or '') ~= ARGV[5] or phase == 'unmasking' then return {0, 0} end
 
 local gone, lost = {}, 0
 for i = 7, #ARGV do

@@ -3,7 +3,7 @@
 --       job's instance
 -- ARGV: iteration, client, meta, places, 1 if the request may have a place, lifetime in seconds,
 --       when a refused client is told to return, how long before that its place is kept free, and how long after
---       (all three in milliseconds; the first from now on), the server's instance
+--       (all three in milliseconds; the first from now on), the server's instance, run id of this Redis
 -- Returns {word, number}: "missing" (or the job has another instance); "closed" (not collecting, or another iteration: number is the current one);
 -- "known" (a repeat), "other key" (it holds a place with another key, see ClientMeta), "uploaded", "full", "reserved"
 -- (full, and this client was refused before), "unfit", or "selected" (number is the count).
@@ -46,6 +46,7 @@ redis.call('ZREM', KEYS[4], ARGV[2])
 if count == 0 then
   redis.call('EXPIRE', KEYS[2], ARGV[6])
   redis.call('HSET', KEYS[1], 'startedMs', now)
+  redis.call('HSETNX', KEYS[1], 'run', ARGV[11])
 end
 if count + 1 >= places then redis.call('HSET', KEYS[1], 'filledMs', now) end
 return {'selected', count + 1}
