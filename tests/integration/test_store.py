@@ -32,6 +32,7 @@ from fedcore.store.cluster_state import (
     Raised,
     Rebased,
     Reserve,
+    Roll,
     Snapshot,
     StateMissing,
     claim_instance,
@@ -638,6 +639,25 @@ class TestAccept:
         ready.run(ready.state.nodes_are_back(run_id, ["node-3"]))
         assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
         assert 0 < int(ready.command("TTL", ready.state.keys.awaited(run_id))) <= 3600
+
+    def test_the_roll_tells_who_is_back_and_who_may_still_come(self, ready: Shared) -> None:
+        run_id = ready.state.redis.run_id
+        assert ready.run(ready.state.roll()) == Roll(frozenset(), frozenset())
+        assert not Roll(frozenset(), frozenset()).complete, "no loss is known"
+        ready.run(ready.state.await_nodes(run_id, ["node-2", "node-3", keys.ANYBODY]))
+        ready.run(ready.state.nodes_are_back(run_id, ["node-1", "node-2"]))
+        there = ready.run(ready.state.roll())
+        assert there == Roll(frozenset({"node-1", "node-2"}), frozenset({"node-3", keys.ANYBODY}))
+        assert not there.complete
+        seconds, micros = ready.command("TIME")
+        long_ago = int(seconds) * 1000 + int(micros) // 1000 - 10_100
+        ready.command("HSET", ready.state.keys.awaited(run_id), "node-3", long_ago)
+        ready.run(ready.state.nodes_are_back(run_id, [keys.ANYBODY]))
+        assert ready.run(ready.state.roll()).complete, "who does not come in time is awaited no more"
+
+    def test_updates_do_not_wait_for_servers_that_nobody_can_name(self, ready: Shared) -> None:
+        ready.run(ready.state.await_nodes(ready.state.redis.run_id, [keys.ANYBODY]))
+        assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
 
     def test_a_sealed_iteration_takes_back_what_redis_forgot(self, ready: Shared) -> None:
         """Asked again by the server whose answer was lost: its client may know by another one that it counts."""

@@ -296,7 +296,7 @@ class RecordedStore(Store):
     def _accept_upload(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
         number, attempt, requested, client, quorum, ledger_id, fit, _, node_id, _, ms, again = words
         new = self._id(client) and client not in state.uploads.get(requested, {})
-        if new and any(self.clock() - since < ms for since in self.awaited.get(keys[7], {}).values()):
+        if new and self._is_awaited(keys[7], ms):
             return [b"awaited", 0, b""]
         word, counted, text = state.accept_upload(
             number, attempt, requested, self._id(client), quorum, ledger_id, node_id, fit == 1, again == 1
@@ -326,7 +326,7 @@ class RecordedStore(Store):
         if self.name not in ("", instance):
             return 0
         again = state.status is not None and state.status.digest == digest
-        if not again and any(self.clock() - since < ms for since in self.awaited.get(keys[1], {}).values()):
+        if not again and self._is_awaited(keys[1], ms):
             return -1
         return int(state.push_weight(number, attempt, aggregate, digest))
 
@@ -358,6 +358,17 @@ class RecordedStore(Store):
         metas = dict(zip(pairs[::2], pairs[1::2], strict=True))
         word, restored = state.restore_clients(number, ledger_id, node_id, metas, base)
         return [word.encode(), restored]
+
+    def _is_awaited(self, key: str, ms: int) -> bool:
+        nodes = self.awaited.get(key, {})
+        return any(node and self.clock() - since < ms for node, since in nodes.items())
+
+    def _read_awaited(
+        self, state: SharedState, keys: Sequence[str], words: Sequence[Any]
+    ) -> list[list[bytes]]:
+        nodes = self.awaited.get(keys[0], {})
+        back = [node.encode() for node, since in nodes.items() if since == _BACK]
+        return [back, [node.encode() for node, since in nodes.items() if self.clock() - since < words[0]]]
 
     def _await_nodes(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> None:
         known = self.awaited.setdefault(keys[0], {})

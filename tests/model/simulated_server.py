@@ -22,8 +22,7 @@ from model.kernel import Answered, Lost, PeerGone, Promise, Refused, Replaced, p
 from fedcore.core import iteration as core
 from fedcore.core.iteration import Iteration, Phase
 from fedcore.core.job import RunningState
-from fedcore.services.recovery import ANYBODY
-from fedcore.store.keys import REVOKED
+from fedcore.store.keys import ANYBODY, REVOKED
 
 if TYPE_CHECKING:
     from model.simulation import Making
@@ -36,6 +35,11 @@ ROOM_TIMEOUT_S, HOLD_S, RETRY_S, DRAIN_S = 8.0, 8.0, 0.1, 10.0
 TRIES, KEPT = 3, 3
 RESERVE = Reserve(1.0, 0.0, 0.5)
 NEVER = float("-inf")
+
+
+def address_of(node: str) -> str:
+    """Return where a server listens; the next process takes the place of one that is gone."""
+    return node.partition("#")[0]
 
 
 class Moved(Exception):
@@ -272,6 +276,7 @@ class Server:
         self.former: dict[str, str] = {}  # adopted ledger -> who owned it before
         self.dropped: list[str] = []
         self.inherited: set[str] = set()
+        self.born = world.now
         self.ledgers_epoch: Epoch | None = None
         self.passed: set[LedgerFile] = set()
         self.elsewhere: dict[LedgerFile, str] = {}  # files whose ledger a living node of another host owns
@@ -1019,10 +1024,12 @@ class Server:
         async def ask(*words: Any) -> Any:
             return await self.ask(*words, preparing=preparing)
 
-        if others := set(self.in_doubt()) - {ANYBODY}:
-            await ask("await_nodes", instance, run, sorted(others))
+        others = self.in_doubt()
+        if others:
+            await ask("await_nodes", instance, run, others)
         raised = await self.bring_back_all(ask, cluster, preparing)
-        await ask("nodes_are_back", instance, run, (self.name, *self.inherited))
+        vouched = () if ANYBODY in others else (ANYBODY,)
+        await ask("nodes_are_back", instance, run, (self.name, *vouched, *self.inherited))
         return raised
 
     async def bring_back_all(self, ask: Any, cluster: Membership, preparing: bool) -> str:
@@ -1220,7 +1227,14 @@ class Server:
             await self.ask("forget_interruption", instance)
         if not self.serving:
             return
-        if await self.adopt(instance, self.epoch()) and not self.busy:
+        adopted = await self.adopt(instance, self.epoch())
+        run, told = self.run_of_conn, self.inherited if adopted else set()
+        if self.world.now - self.born < 2 * DOUBT_S:
+            _, awaited = await self.ask("roll", instance, run)
+            told = told | {n for n in awaited if n != self.name and address_of(n) == address_of(self.name)}
+        if told:
+            await self.ask("nodes_are_back", instance, run, sorted(told))
+        if adopted and not self.busy:
             await self.observe()
         for ledger_id in list(self.adopted):
             if await self.ask("ledger_owner", instance, ledger_id) not in ("", self.name):
@@ -1362,6 +1376,7 @@ class Server:
         await self.adopt(instance, epoch)
         everybody = self.in_doubt()
         found, silent = await self.find(instance, now, own, everybody)
+        vouched = (await self.ask("roll", instance, self.run_of_conn))[0] & {ANYBODY} if everybody else set()
         uploads = await self.ask("uploads_of", instance, number)
         making = self.world.reduces(self, list(everybody))
         if self.in_doubt() != everybody:
@@ -1370,7 +1385,7 @@ class Server:
         for client, ledger_id in uploads.items():
             counted.setdefault(ledger_id, set()).add(client)
         uncounted = {i for i, (partial, _) in found.items() if partial.updates} - counted.keys()
-        if everybody and (uncounted or silent & set(everybody)):
+        if everybody and (uncounted or (silent & set(everybody)) - vouched):
             return None  # they bring back what Redis has forgotten, or the doubt ends
         held = {i for i, (partial, _) in found.items() if partial.updates} | self.had
         if not counted.keys() <= held:
@@ -1378,12 +1393,26 @@ class Server:
             empty = tuple(sorted(i for i in missing if i in found and not found[i][0].updates))
             return core.UpdatesLost(number, now.attempt, empty) if empty else None
         if len(uploads) < self.policy.update_threshold:
-            if not self.is_short((instance, number, now.attempt)) or everybody:
+            lasting = self.is_short((instance, number, now.attempt)) and not everybody
+            if not lasting and not await self.is_told(instance, now, own):
                 return None
             self.world.failed_reduction(self, "below the quorum")
             return core.ReductionFailed(core.status_lost(number))
         self.short = None
         return await self.add_all(now, epoch, previous, found, counted, making)
+
+    async def is_told(self, instance: str, now: Iteration, own: Partial | None) -> bool:
+        """Reduction._is_told"""
+        back, awaited = await self.ask("roll", instance, self.run_of_conn)
+        if awaited or not back:
+            return False
+        before = await self.ask("count_by_ledger", instance, now.number)
+        living = await self.ask("list_nodes", instance)
+        found, silent = await self.find(instance, now, own, living)
+        counted = await self.ask("count_by_ledger", instance, now.number)
+        uncounted = {i for i, (partial, _) in found.items() if partial.updates} - counted.keys()
+        back, awaited = await self.ask("roll", instance, self.run_of_conn)
+        return counted == before and not uncounted and not silent - {ANYBODY} and back and not awaited
 
     def is_short(self, attempt: tuple[str, int, int]) -> bool:
         """Reduction._is_short"""

@@ -22,7 +22,17 @@ from typing import Any
 
 from model.cluster import SharedState, Status, Store
 from model.kernel import Agenda, Answered, Lost, PeerGone, Promise, Refused, Replaced, pause, wait
-from model.simulated_server import DOUBT_S, LOSS_S, Bug, Epoch, LedgerFile, Moved, Server, Update
+from model.simulated_server import (
+    DOUBT_S,
+    LOSS_S,
+    Bug,
+    Epoch,
+    LedgerFile,
+    Moved,
+    Server,
+    Update,
+    address_of,
+)
 
 from fedcore.core.client_key import client_key
 from fedcore.core.iteration import Phase, Policy, WrongPhase, status_lost
@@ -106,11 +116,6 @@ class Making:
 
 
 RARE = frozenset(["host_lost", "wipe", "flush", "step_back", "new_instance"])
-
-
-def address_of(node: str) -> str:
-    """Return where a server listens; the next process takes the place of one that is gone."""
-    return node.partition("#")[0]
 
 
 class Violation(AssertionError):

@@ -13,12 +13,13 @@ from twisted.logger import Logger
 from fedcore.core import iteration as core
 from fedcore.core.iteration import Iteration, Phase
 from fedcore.core.job import RunningState
+from fedcore.core.node_id import predecessors
 from fedcore.errors import PeerError
 from fedcore.net.node_client import PeerUnreachable
 from fedcore.services.peers import PeerReplaced
 from fedcore.services.recovery import Memory
 from fedcore.store.cluster_state import ClusterState
-from fedcore.store.keys import REVOKED
+from fedcore.store.keys import DOUBT_S, REVOKED
 
 if TYPE_CHECKING:
     from fedcore.services.iteration_driver import IterationDriver, Parts
@@ -58,8 +59,10 @@ class UpdateGuard:
         if not self._driver.serving:
             return
         adopted = await self._ledgers.adopt(cluster, self._driver.epoch(), self._driver.node_id)
-        if adopted:
-            await cluster.nodes_are_back(cluster.redis.run_id, self._ledgers.inherited)
+        told = self._ledgers.inherited if adopted else set()
+        if self._memory.age() < 2 * DOUBT_S:  # others await its predecessor for that long, at most
+            told = told | predecessors((await cluster.roll()).awaited, driver.node_id)
+        await cluster.nodes_are_back(cluster.redis.run_id, told)
         if adopted and not self._driver.busy:
             await self._driver.look()
         for ledger_id in list(self._ledgers.adopted):

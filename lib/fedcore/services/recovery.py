@@ -19,14 +19,13 @@ from fedcore.core.iteration import Iteration
 from fedcore.ledger.layout import Epoch
 from fedcore.services.ledgers import Ledgers
 from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Look, Raised, Snapshot
-from fedcore.store.keys import DOUBT_S, HOLD_OFF_S
+from fedcore.store.keys import ANYBODY, DOUBT_S, HOLD_OFF_S
 
 if TYPE_CHECKING:
     from fedcore.services.iteration_driver import IterationDriver, Parts
 
 JUMP_S = 2.0  # by so much Redis' clock may differ from one look to the next; more, and it was set
 LOOK_S = 2.0  # of the time since the look before, one look tells at most so much; there is one a second
-ANYBODY = ""  # stands for servers that this one has never seen on the list, as it has not watched it for long enough
 _SAME_S = 0.0005  # half of the unit in which Redis holds moments
 log = Logger()
 
@@ -82,6 +81,7 @@ class Memory:
         self.sealed_at: float | None = None
         self.typical: float | None = None
         self._reactor = reactor
+        self._born = reactor.seconds()
         self._moments: dict[str, Moment] = {}  # of the current iteration
         self._fence = 0  # highest number of a token that was seen
         self.epoch = 0
@@ -94,6 +94,10 @@ class Memory:
         self._unlisted: set[str] = set()  # of these, who was not on it at the last look,
         self._unlisted_for = 0.0  # and for how many seconds that look will have told so
         self._others_before: dict[str, float] = {}  # who lived when Redis may have forgotten them, and when
+
+    def age(self) -> float:
+        """Return for how many seconds this server has run."""
+        return float(self._reactor.seconds() - self._born)
 
     def sealed_for(self) -> float:
         """Return for how many seconds the iteration has been sealed; infinite if nobody said when."""
@@ -331,8 +335,8 @@ class Recovery:
         driver.opening.be_patient()
         self._parts.reduction.be_patient()
         self._parts.judge.forget()
-        others = sorted(set(self._memory.in_doubt(driver.others)) - {driver.node_id, ANYBODY})
-        await cluster.await_nodes(run_id, others)
+        others = set(self._memory.in_doubt(driver.others)) - {driver.node_id}
+        await cluster.await_nodes(run_id, sorted(others))
         raised = await bring_back(
             cluster,
             self._memory.known(driver.iteration),
@@ -341,7 +345,8 @@ class Recovery:
             driver.places,
             self._left_out,
         )
-        await cluster.nodes_are_back(run_id, (driver.node_id, *self._parts.ledgers.inherited))
+        vouched = () if ANYBODY in others else (ANYBODY,)  # it has named all that there are
+        await cluster.nodes_are_back(run_id, (driver.node_id, *vouched, *self._parts.ledgers.inherited))
         if raised is not Raised.NEWER:
             await cluster.offer_hyper_parameters(hyper_parameters(driver.settings))
             await cluster.offer_model_info(model_info.describe(driver.models.newest_image.layout))

@@ -101,6 +101,25 @@ class Look:
     snapshot: Snapshot | None
 
 
+@dataclass(frozen=True, slots=True)
+class Roll:
+    """Who has answered the call to bring back what Redis has forgotten; all empty if no loss is known.
+
+    Attributes:
+        back: servers that have done so, by themselves or through those who took over their ledgers. ANYBODY is back
+            once a server has called the others that knows them all.
+        awaited: servers that may still do so, maybe ANYBODY.
+    """
+
+    back: frozenset[str]
+    awaited: frozenset[str]
+
+    @property
+    def complete(self) -> bool:
+        """Whether everybody is back after a loss."""
+        return bool(self.back) and not self.awaited
+
+
 class Raised(StrEnum):
     """What became of an attempt to bring the status back; the values are the script's words."""
 
@@ -277,7 +296,8 @@ class ClusterState:
 
         Args:
             run_id: of this Redis.
-            node_ids: the others that may hold updates; those that are back already are not awaited.
+            node_ids: the others that may hold updates, ANYBODY for those that cannot be named; those that are back
+                already are not awaited, and no update waits for ANYBODY.
         """
         if node_ids:
             await self.redis.script(
@@ -291,6 +311,13 @@ class ClusterState:
             return
         await self.redis.command("HSET", self.keys.awaited(run_id), *pairs)
         await self.redis.command("EXPIRE", self.keys.awaited(run_id), keys.AWAITED_TTL_S)
+
+    async def roll(self) -> Roll:
+        """Return who has brought back what this Redis had forgotten, and who may still do so, for DOUBT_S."""
+        back, awaited = await self.redis.script(
+            "read_awaited", [self.keys.awaited(self.redis.run_id)], [int(keys.DOUBT_S * 1000)]
+        )
+        return Roll(*(frozenset(node.decode() for node in nodes) for nodes in (back, awaited)))
 
     async def select_client(
         self, number: int, fl_id: str, meta: ClientMeta, *, places: int, fit: bool, reserve: Reserve

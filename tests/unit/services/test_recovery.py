@@ -17,8 +17,9 @@ from twisted.logger import globalLogPublisher
 
 from fedcore.core.iteration import Iteration, Phase
 from fedcore.ledger.layout import Epoch
-from fedcore.services.recovery import ANYBODY, DOUBT_S, JUMP_S, Memory, Moment, Recovery, bring_back, placed
+from fedcore.services.recovery import DOUBT_S, JUMP_S, Memory, Moment, Recovery, bring_back, placed
 from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Raised, Snapshot
+from fedcore.store.keys import ANYBODY
 
 ME = "10.0.0.1:6000::2026-01-01-00:00:00.000.000::10001"
 KNOWN = Snapshot(

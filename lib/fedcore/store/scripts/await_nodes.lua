@@ -1,4 +1,5 @@
 -- Remember which servers may still bring back what Redis has forgotten. Who has done so is not awaited, whoever names it.
+-- The node id "" stands for servers that the one who asks cannot name; it holds up no update, only judgements.
 -- KEYS[1] awaited hash of this Redis   ARGV: lifetime in seconds, node id, ...
 -- Returns nothing.
 local time = redis.call('TIME')
