@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from model.simulation import Simulation as World
 
 TICK_S, CLAIM_PAUSE_S, REBASE_S, LOSS_S, DOUBT_S, STALE_S, SPREAD_S = 1.0, 0.5, 10.0, 10.0, 10.0, 7.0, 2.0
-HOLD_OFF_S, LOOK_S = 1.5, 2.0
+HOLD_OFF_S, LOOK_S, LIST_S = 1.5, 2.0, 8.0
 PING_TIMEOUT_S, PEER_TIMEOUT_S, TAKE_TIMEOUT_S = 2.0, 5.0, 30.0
 ROOM_TIMEOUT_S, HOLD_S, RETRY_S, DRAIN_S = 8.0, 8.0, 0.1, 10.0
 TRIES, KEPT = 3, 3
@@ -277,6 +277,7 @@ class Server:
         self.dropped: list[str] = []
         self.inherited: set[str] = set()
         self.born = world.now
+        self.all_named = False
         self.ledgers_epoch: Epoch | None = None
         self.passed: set[LedgerFile] = set()
         self.elsewhere: dict[LedgerFile, str] = {}  # files whose ledger a living node of another host owns
@@ -533,7 +534,7 @@ class Server:
                     attempt,
                     update.number,
                     update.client,
-                    self.policy.update_threshold,
+                    0 if late else self.policy.update_threshold,
                     ledger.id,
                     self.name,
                     True,
@@ -1163,11 +1164,12 @@ class Server:
             _, seen = await self.ask("read", instance)
             if seen is None:
                 raise Lost
+            roll = await self.ask("roll", instance, self.run_of_conn)
             back, self.left = instance == self.left, ""
             if back:
                 self.go_on(instance)
             else:
-                self.take_part(instance, seen)
+                self.take_part(instance, seen, *roll)
         finally:
             self.joining = False
         self.run_quietly(self.beat_once())
@@ -1181,11 +1183,14 @@ class Server:
         self.joinings += 1
         self.cluster, self.run_id = Membership(instance, self.joinings), self.run_of_conn
 
-    def take_part(self, instance: str, seen: Seen) -> None:
+    def take_part(self, instance: str, seen: Seen, back: set[str], awaited: set[str]) -> None:
         self.effects.clear()
         self.events.clear()
         self.fence = self.epoch_number = 0
         self.missed[ANYBODY] = 0.0
+        self.all_named = ANYBODY in back
+        if self.all_named:
+            self.missed.update(dict.fromkeys(awaited, 0.0))
         before, self.iteration = self.iteration, self.localise(seen)
         self.ended = (seen.success, seen.result)
         self.joinings, self.joined_at = self.joinings + 1, self.world.now
@@ -1329,8 +1334,11 @@ class Server:
             self.missed[peer] += self.unlisted_for
         self.missed = {peer: missed for peer, missed in self.missed.items() if missed < DOUBT_S}
         emptied = now - self.lost_at < HOLD_OFF_S
-        if now - self.saw_at > LOOK_S and not emptied:
+        if self.all_named and not emptied:
+            self.missed.pop(ANYBODY, None)
+        elif now - self.saw_at > LIST_S and not emptied:
             self.missed[ANYBODY] = 0.0
+        self.all_named = False
         self.unlisted = self.missed.keys() - set(others)
         self.unlisted_for = 0.0 if emptied else min(now - self.saw_at, LOOK_S)
         self.missed.update(dict.fromkeys(others, 0.0))
@@ -1340,7 +1348,7 @@ class Server:
         """Memory.begin_doubt"""
         now = self.lost_at = self.world.now
         self.doubt_until = now + DOUBT_S
-        self.unlisted = set()
+        self.unlisted, self.all_named = set(), False
         for peer, missed in self.missed.items():
             lived = now - missed
             self.others_before[peer] = max(lived, self.others_before.get(peer, lived))

@@ -443,9 +443,10 @@ class Simulation(Agenda):
     def hasty(self, server: Server) -> bool:
         """Whether a server does not wait for the others to bring back what Redis has forgotten."""
         others = [s for s in self.servers.values() if s.instance == server.instance and not s.paused]
-        witnesses = [s.name for s in others if s.joined_at < self.forgot_at]
+        witnesses = {s.name for s in others if s.joined_at < self.forgot_at}
         late = self.now - self.forgot_at >= DOUBT_S
-        return server.name in witnesses and len(witnesses) > 1 and not late
+        back, _ = self.store.at(server.instance).roll(self.store.run)
+        return server.name in witnesses and not late and bool(witnesses - back)
 
     def excuse(self, key: tuple[str, int], client: str, ledger_id: str, base: str) -> str:
         """Return why an acknowledged update may be missing in a model, "" if it may not.

@@ -18,14 +18,17 @@ from fedcore.core import model_info
 from fedcore.core.iteration import Iteration
 from fedcore.ledger.layout import Epoch
 from fedcore.services.ledgers import Ledgers
-from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Look, Raised, Snapshot
-from fedcore.store.keys import ANYBODY, DOUBT_S, HOLD_OFF_S
+from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Look, Raised, Roll, Snapshot
+from fedcore.store.keys import ANYBODY, DOUBT_S, HEARTBEAT_TTL_S, HOLD_OFF_S
 
 if TYPE_CHECKING:
     from fedcore.services.iteration_driver import IterationDriver, Parts
 
 JUMP_S = 2.0  # by so much Redis' clock may differ from one look to the next; more, and it was set
 LOOK_S = 2.0  # of the time since the look before, one look tells at most so much; there is one a second
+LIST_S = (
+    HEARTBEAT_TTL_S - LOOK_S
+)  # who came and went between two looks is on the list, unless there was more time
 _SAME_S = 0.0005  # half of the unit in which Redis holds moments
 log = Logger()
 
@@ -93,6 +96,7 @@ class Memory:
         ] = {}  # who was on the list of the living; seconds for which it has not been
         self._unlisted: set[str] = set()  # of these, who was not on it at the last look,
         self._unlisted_for = 0.0  # and for how many seconds that look will have told so
+        self._all_named = False  # whether the next look at the list tells all servers that there are
         self._others_before: dict[str, float] = {}  # who lived when Redis may have forgotten them, and when
 
     def age(self) -> float:
@@ -150,11 +154,17 @@ class Memory:
             typical=self.typical,
         )
 
-    def begin_instance(self) -> None:
-        """Forget what was known of another instance; who takes part in this one is still to be seen."""
+    def begin_instance(self, roll: Roll) -> None:
+        """Forget what was known of another instance; who takes part in this one is still to be seen.
+
+        A list of the living tells all of them if they were named since Redis was emptied: the others are on the roll.
+        """
         self._fence = self.epoch = 0
         self._moments.clear()
         self._missed[ANYBODY] = 0.0
+        self._all_named = ANYBODY in roll.back
+        if self._all_named:
+            self._missed.update(dict.fromkeys(roll.awaited, 0.0))
 
     def claimed(self, token: str) -> None:
         """Take note of a token that this server was given."""
@@ -165,7 +175,8 @@ class Memory:
 
         Who is not on it any more is forgotten DOUBT_S later. A list that was emptied a moment ago names only those who
         have come back to it already: that others are not on it says nothing of them. With servers that were never
-        seen it is the same: only looks for DOUBT_S, without a gap, tell that there is nobody else.
+        seen it is the same: only looks for DOUBT_S, without a gap of LIST_S, tell that there is nobody else; or one
+        look, if the others had named everybody.
         """
         now = self._reactor.seconds()
         # Only now, as the list that they were not on may have been of a Redis whose loss was noticed after that look.
@@ -173,8 +184,11 @@ class Memory:
             self._missed[peer] += self._unlisted_for
         self._missed = {peer: missed for peer, missed in self._missed.items() if missed < DOUBT_S}
         emptied = now - self._lost_at < HOLD_OFF_S
-        if now - self._saw_at > LOOK_S and not emptied:
+        if self._all_named and not emptied:
+            self._missed.pop(ANYBODY, None)
+        elif now - self._saw_at > LIST_S and not emptied:
             self._missed[ANYBODY] = 0.0
+        self._all_named = False
         self._unlisted = self._missed.keys() - set(others)
         self._unlisted_for = 0.0 if emptied else min(now - self._saw_at, LOOK_S)
         self._missed.update(dict.fromkeys(others, 0.0))
@@ -188,7 +202,7 @@ class Memory:
         """
         now = self._lost_at = self._reactor.seconds()
         self._doubt_until = now + DOUBT_S
-        self._unlisted = set()
+        self._unlisted, self._all_named = set(), False
         for peer, missed in self._missed.items():
             lived = now - missed
             self._others_before[peer] = max(lived, self._others_before.get(peer, lived))

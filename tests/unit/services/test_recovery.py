@@ -17,11 +17,12 @@ from twisted.logger import globalLogPublisher
 
 from fedcore.core.iteration import Iteration, Phase
 from fedcore.ledger.layout import Epoch
-from fedcore.services.recovery import DOUBT_S, JUMP_S, Memory, Moment, Recovery, bring_back, placed
-from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Raised, Snapshot
+from fedcore.services.recovery import DOUBT_S, JUMP_S, LIST_S, Memory, Moment, Recovery, bring_back, placed
+from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Raised, Roll, Snapshot
 from fedcore.store.keys import ANYBODY
 
 ME = "10.0.0.1:6000::2026-01-01-00:00:00.000.000::10001"
+NOBODY = Roll(frozenset(), frozenset())  # is called: no loss is known
 KNOWN = Snapshot(
     Iteration(5, 2, Phase.COLLECTING, base="b5", lost=3),
     4.0,
@@ -328,7 +329,7 @@ class TestClocks:
         memory = Memory(task.Clock())
         look = Snapshot(Iteration(5), None, None, None, 0, 0, True, "", typical=1.5)
         memory.localise(look)
-        memory.begin_instance()
+        memory.begin_instance(NOBODY)
         memory.localise(replace(look, typical=None))
         assert memory.known(Iteration(5)).typical == memory.typical == 1.5
 
@@ -366,7 +367,7 @@ class TestClocks:
         """Redis may have been emptied just before it looked, and is emptied again."""
         clock = task.Clock()
         memory = Memory(clock)
-        memory.begin_instance()
+        memory.begin_instance(NOBODY)
         for _ in range(int(DOUBT_S) // 2):
             clock.advance(1)
             memory.saw([])
@@ -376,10 +377,38 @@ class TestClocks:
         clock.advance(DOUBT_S / 2 + 2)
         assert memory.in_doubt([]) == []
 
+    def test_a_new_server_that_the_others_have_named_all_to_waits_for_those_alone(self) -> None:
+        clock = task.Clock()
+        memory = Memory(clock)
+        clock.advance(1_000)
+        memory.begin_instance(Roll(frozenset({ANYBODY, "a"}), frozenset({"cut off"})))
+        memory.saw(["a"])
+        clock.advance(1)
+        memory.begin_doubt(["a"])
+        assert memory.in_doubt([]) == ["a", "cut off"]
+
+    def test_it_does_not_know_them_before_its_first_look(self) -> None:
+        clock = task.Clock()
+        memory = Memory(clock)
+        memory.begin_instance(Roll(frozenset({ANYBODY, "a"}), frozenset()))
+        memory.begin_doubt([])
+        memory.saw(["a"])
+        assert memory.in_doubt([]) == [ANYBODY]
+
+    def test_a_short_absence_hides_nobody(self) -> None:
+        """Whoever has come and gone meanwhile is on the list for as long as its lease runs."""
+        clock = task.Clock()
+        memory = Memory(clock)
+        memory.saw(["a"])
+        clock.advance(LIST_S)
+        memory.saw(["a", "b"])
+        memory.begin_doubt([])
+        assert memory.in_doubt([]) == ["a", "b"]
+
     def test_who_has_watched_the_list_knows_that_there_is_nobody_else(self) -> None:
         clock = task.Clock()
         memory = Memory(clock)
-        memory.begin_instance()
+        memory.begin_instance(NOBODY)
         for _ in range(int(DOUBT_S) + 2):
             clock.advance(1)
             memory.saw([])
