@@ -1026,8 +1026,7 @@ class Server:
             return await self.ask(*words, preparing=preparing)
 
         others = self.in_doubt()
-        if others:
-            await ask("await_nodes", instance, run, others)
+        await ask("await_nodes", instance, run, sorted({self.name, *others}))
         raised = await self.bring_back_all(ask, cluster, preparing)
         vouched = () if ANYBODY in others else (ANYBODY,)
         await ask("nodes_are_back", instance, run, (self.name, *vouched, *self.inherited))

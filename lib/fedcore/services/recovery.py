@@ -349,8 +349,8 @@ class Recovery:
         driver.opening.be_patient()
         self._parts.reduction.be_patient()
         self._parts.judge.forget()
-        others = set(self._memory.in_doubt(driver.others)) - {driver.node_id}
-        await cluster.await_nodes(run_id, sorted(others))
+        others = self._memory.in_doubt(driver.others)
+        await cluster.await_nodes(run_id, sorted({driver.node_id, *others}))
         raised = await bring_back(
             cluster,
             self._memory.known(driver.iteration),

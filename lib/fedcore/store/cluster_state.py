@@ -292,11 +292,11 @@ class ClusterState:
         return None if word == b"revoked" else int(updates)
 
     async def await_nodes(self, run_id: str, node_ids: Sequence[str]) -> None:
-        """Have no update counted until others have brought back what this Redis has forgotten, or HOLD_OFF_S are over.
+        """Have no update counted until all have brought back what this Redis has forgotten, or HOLD_OFF_S are over.
 
         Args:
             run_id: of this Redis.
-            node_ids: the others that may hold updates, ANYBODY for those that cannot be named; those that are back
+            node_ids: those that may hold updates, ANYBODY for those that cannot be named; those that are back
                 already are not awaited, and no update waits for ANYBODY.
         """
         if node_ids:

@@ -15,11 +15,13 @@ from model.server_in_memory import PromptRedis, RecordedStore
 from twisted.internet import defer, task
 from twisted.logger import globalLogPublisher
 
+from fedcore.config import Settings
 from fedcore.core.iteration import Iteration, Phase
 from fedcore.ledger.layout import Epoch
 from fedcore.services.recovery import DOUBT_S, JUMP_S, LIST_S, Memory, Moment, Recovery, bring_back, placed
 from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Raised, Roll, Snapshot
 from fedcore.store.keys import ANYBODY
+from fedcore.wire.arrays import Layout
 
 ME = "10.0.0.1:6000::2026-01-01-00:00:00.000.000::10001"
 NOBODY = Roll(frozenset(), frozenset())  # is called: no loss is known
@@ -251,6 +253,52 @@ def test_whom_a_ledger_that_was_given_up_held_too_counts_again(store: RecordedSt
     state.uploads[5].clear()
     result_of(Recovery(driver, parts, Memory(task.Clock())).tell_again())
     assert state.uploads_of(5) == {}, "of the iteration before"
+
+
+class TestRoll:
+    """Who is called to bring back what Redis has forgotten, and who says so."""
+
+    OTHER = "10.0.0.2:6000::2026-01-01-00:00:00.000.000::10002"
+
+    def brought_back(self, store: RecordedStore, memory: Memory) -> tuple[list[Roll], Roll]:
+        """Return the roll at each step on the ledgers, and in the end."""
+        redis: Any = PromptRedis(store)
+        cluster = ClusterState(redis, "job", "i_1", 20_000)
+        rolls: list[Roll] = []
+
+        class Watched(Own):
+            def clients(self) -> dict[bytes, int]:
+                rolls.append(result_of(cluster.roll()))
+                return super().clients()
+
+        ledgers = InHand(own=Watched("own", {b"\1": 6}))
+        ledgers.inherited = {"adopted"}  # type: ignore[attr-defined]
+        nothing = SimpleNamespace(be_patient=lambda: None, forget=lambda: None)
+        parts: Any = SimpleNamespace(ledgers=ledgers, reduction=nothing, judge=nothing)
+        driver: Any = SimpleNamespace(
+            node_id=ME,
+            others=[self.OTHER],
+            opening=nothing,
+            iteration=KNOWN.iteration,
+            places={},
+            settings=Settings(),
+            models=SimpleNamespace(newest_image=SimpleNamespace(layout=Layout(()))),
+        )
+        store.at("i_1").own_ledger("own", ME)
+        result_of(Recovery(driver, parts, memory).bring_back(cluster, "1"))
+        return rolls, result_of(cluster.roll())
+
+    def test_a_server_awaits_itself_too_until_its_ledger_is_told(self, store: RecordedStore) -> None:
+        """Or another update could take the place of one that its ledger holds."""
+        during, after = self.brought_back(store, Memory(task.Clock()))
+        assert during == [Roll(frozenset(), frozenset({ME, self.OTHER}))]
+        assert after == Roll(frozenset({ME, "adopted", ANYBODY}), frozenset({self.OTHER}))
+
+    def test_who_may_not_know_everybody_does_not_answer_for_all(self, store: RecordedStore) -> None:
+        memory = Memory(task.Clock())
+        memory.begin_instance(NOBODY)
+        _, after = self.brought_back(store, memory)
+        assert after == Roll(frozenset({ME, "adopted"}), frozenset({self.OTHER, ANYBODY}))
 
 
 class TestClocks:
