@@ -271,14 +271,18 @@ class SharedState:
             self.completed[number] = self.clock()
         return "accepted", len(uploads), clients[client]
 
-    def await_nodes(self, run: int, nodes: Iterable[str]) -> None:
+    def await_nodes(self, run: int, node_id: str, others: Iterable[str]) -> float:
         known = self.awaited.setdefault(run, {})
-        for node in nodes:
+        for node in (node_id, *others):
             known.setdefault(node, self.clock())
+        return known[node_id]
 
-    def nodes_are_back(self, run: int, nodes: Iterable[str]) -> None:
-        """HSET of those that are awaited no more."""
-        self.awaited.setdefault(run, {}).update(dict.fromkeys(nodes, float("-inf")))
+    def nodes_are_back(self, run: int, node_id: str, nodes: Iterable[str], call: float | None = None) -> bool:
+        known = self.awaited.setdefault(run, {})
+        if call is not None and known.get(node_id) not in (call, float("-inf")):
+            return False
+        known.update(dict.fromkeys(nodes, float("-inf")))
+        return True
 
     def roll(self, run: int) -> tuple[set[str], set[str]]:
         """read_awaited.lua: who is back, and who is awaited."""

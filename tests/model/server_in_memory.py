@@ -370,10 +370,19 @@ class RecordedStore(Store):
         back = [node.encode() for node, since in nodes.items() if since == _BACK]
         return [back, [node.encode() for node, since in nodes.items() if self.clock() - since < words[0]]]
 
-    def _await_nodes(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> None:
+    def _await_nodes(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> bytes:
         known = self.awaited.setdefault(keys[0], {})
         for node in words[1:]:
             known.setdefault(node, self.clock())
+        return repr(known[words[1]]).encode()
+
+    def _nodes_are_back(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
+        _, node_id, call, *nodes = words
+        known = self.awaited.setdefault(keys[0], {})
+        if call and repr(known.get(node_id)) not in (call, repr(_BACK)):
+            return 0
+        known.update(dict.fromkeys(nodes, _BACK))
+        return 1
 
     def _own_ledger(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
         return int(state.own_ledger(*words[:3]))
@@ -423,11 +432,6 @@ class RecordedStore(Store):
             case "HMGET", ("clients" | "uploads") as kind:
                 held = {"clients": state.clients, "uploads": state.uploads}[kind].get(int(parts[3]), {})
                 return [held[str(client)].encode() if client in held else None for client in fields]
-            case "HSET", "awaited":
-                assert fields, "Redis refuses this"
-                return self.awaited.setdefault(key, {}).update(dict.fromkeys(map(str, fields[::2]), _BACK))
-            case "EXPIRE", "awaited":
-                return 1
             case "HDEL", "server":
                 return state.leave(str(fields[0]))
             case "DEL", _:

@@ -1026,10 +1026,10 @@ class Server:
             return await self.ask(*words, preparing=preparing)
 
         others = self.in_doubt()
-        await ask("await_nodes", instance, run, sorted({self.name, *others}))
+        call = await ask("await_nodes", instance, run, self.name, others)
         raised = await self.bring_back_all(ask, cluster, preparing)
         vouched = () if ANYBODY in others else (ANYBODY,)
-        await ask("nodes_are_back", instance, run, (self.name, *vouched, *self.inherited))
+        await ask("nodes_are_back", instance, run, self.name, (self.name, *vouched, *self.inherited), call)
         return raised
 
     async def bring_back_all(self, ask: Any, cluster: Membership, preparing: bool) -> str:
@@ -1237,7 +1237,7 @@ class Server:
             _, awaited = await self.ask("roll", instance, run)
             told = told | {n for n in awaited if n != self.name and address_of(n) == address_of(self.name)}
         if told:
-            await self.ask("nodes_are_back", instance, run, sorted(told))
+            await self.ask("nodes_are_back", instance, run, self.name, sorted(told))
         if adopted and not self.busy:
             await self.observe()
         for ledger_id in list(self.adopted):

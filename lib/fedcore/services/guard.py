@@ -62,7 +62,7 @@ class UpdateGuard:
         told = self._ledgers.inherited if adopted else set()
         if self._memory.age() < 2 * DOUBT_S:  # others await its predecessor for that long, at most
             told = told | predecessors((await cluster.roll()).awaited, driver.node_id)
-        await cluster.nodes_are_back(cluster.redis.run_id, told)
+        await cluster.nodes_are_back(cluster.redis.run_id, driver.node_id, told)
         if adopted and not self._driver.busy:
             await self._driver.look()
         for ledger_id in list(self._ledgers.adopted):

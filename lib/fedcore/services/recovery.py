@@ -350,7 +350,7 @@ class Recovery:
         self._parts.reduction.be_patient()
         self._parts.judge.forget()
         others = self._memory.in_doubt(driver.others)
-        await cluster.await_nodes(run_id, sorted({driver.node_id, *others}))
+        call = await cluster.await_nodes(run_id, driver.node_id, others)
         raised = await bring_back(
             cluster,
             self._memory.known(driver.iteration),
@@ -360,7 +360,8 @@ class Recovery:
             self._left_out,
         )
         vouched = () if ANYBODY in others else (ANYBODY,)  # it has named all that there are
-        await cluster.nodes_are_back(run_id, (driver.node_id, *vouched, *self._parts.ledgers.inherited))
+        told = (driver.node_id, *vouched, *self._parts.ledgers.inherited)
+        await cluster.nodes_are_back(run_id, driver.node_id, told, call)
         if raised is not Raised.NEWER:
             await cluster.offer_hyper_parameters(hyper_parameters(driver.settings))
             await cluster.offer_model_info(model_info.describe(driver.models.newest_image.layout))

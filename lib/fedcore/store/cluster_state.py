@@ -291,26 +291,36 @@ class ClusterState:
             raise LeftOut(int(updates), word == b"rebased")
         return None if word == b"revoked" else int(updates)
 
-    async def await_nodes(self, run_id: str, node_ids: Sequence[str]) -> None:
+    async def await_nodes(self, run_id: str, node_id: str, others: Iterable[str]) -> str:
         """Have no update counted until all have brought back what this Redis has forgotten, or HOLD_OFF_S are over.
 
         Args:
             run_id: of this Redis.
-            node_ids: those that may hold updates, ANYBODY for those that cannot be named; those that are back
+            node_id: the server that calls.
+            others: further ones that may hold updates, ANYBODY for those that cannot be named; those that are back
                 already are not awaited, and no update waits for ANYBODY.
-        """
-        if node_ids:
-            await self.redis.script(
-                "await_nodes", [self.keys.awaited(run_id)], [keys.AWAITED_TTL_S, *node_ids]
-            )
 
-    async def nodes_are_back(self, run_id: str, node_ids: Iterable[str]) -> None:
-        """Say that servers have brought back to this Redis what they know."""
-        pairs: list[Argument] = [part for node_id in node_ids for part in (node_id, "back")]
-        if not pairs:
-            return
-        await self.redis.command("HSET", self.keys.awaited(run_id), *pairs)
-        await self.redis.command("EXPIRE", self.keys.awaited(run_id), keys.AWAITED_TTL_S)
+        Returns:
+            What tells this call from one after another loss of data.
+        """
+        arguments: list[Argument] = [keys.AWAITED_TTL_S, node_id, *others]
+        word: bytes = await self.redis.script("await_nodes", [self.keys.awaited(run_id)], arguments)
+        return word.decode()
+
+    async def nodes_are_back(
+        self, run_id: str, node_id: str, node_ids: Iterable[str], call: str = ""
+    ) -> None:
+        """Say that servers have brought back to this Redis what they know.
+
+        Args:
+            run_id: of this Redis.
+            node_id: the server that says so.
+            node_ids: those of whom it says so.
+            call: what ``await_nodes`` returned before it did so; nothing is said if Redis was emptied since then.
+        """
+        arguments: list[Argument] = [keys.AWAITED_TTL_S, node_id, call, *node_ids]
+        if len(arguments) > 3:
+            await self.redis.script("nodes_are_back", [self.keys.awaited(run_id)], arguments)
 
     async def roll(self) -> Roll:
         """Return who has brought back what this Redis had forgotten, and who may still do so, for DOUBT_S."""
