@@ -42,6 +42,12 @@ def address_of(node: str) -> str:
     return node.partition("#")[0]
 
 
+def replaced(nodes: set[str], living: set[str]) -> set[str]:
+    """node_id.replaced"""
+    heirs = {address_of(node): node for node in living}
+    return {node for node in nodes if node and heirs.get(address_of(node), node) != node}
+
+
 class Moved(Exception):
     """IterationMoved: the shared state is not where the server is."""
 
@@ -277,7 +283,6 @@ class Server:
         self.dropped: list[str] = []
         self.inherited: set[str] = set()
         self.born = world.now
-        self.all_named = False
         self.ledgers_epoch: Epoch | None = None
         self.passed: set[LedgerFile] = set()
         self.elsewhere: dict[LedgerFile, str] = {}  # files whose ledger a living node of another host owns
@@ -1163,12 +1168,11 @@ class Server:
             _, seen = await self.ask("read", instance)
             if seen is None:
                 raise Lost
-            roll = await self.ask("roll", instance, self.run_of_conn)
             back, self.left = instance == self.left, ""
             if back:
                 self.go_on(instance)
             else:
-                self.take_part(instance, seen, *roll)
+                self.take_part(instance, seen)
         finally:
             self.joining = False
         self.run_quietly(self.beat_once())
@@ -1182,14 +1186,11 @@ class Server:
         self.joinings += 1
         self.cluster, self.run_id = Membership(instance, self.joinings), self.run_of_conn
 
-    def take_part(self, instance: str, seen: Seen, back: set[str], awaited: set[str]) -> None:
+    def take_part(self, instance: str, seen: Seen) -> None:
         self.effects.clear()
         self.events.clear()
         self.fence = self.epoch_number = 0
         self.missed[ANYBODY] = 0.0
-        self.all_named = ANYBODY in back
-        if self.all_named:
-            self.missed.update(dict.fromkeys(awaited, 0.0))
         before, self.iteration = self.iteration, self.localise(seen)
         self.ended = (seen.success, seen.result)
         self.joinings, self.joined_at = self.joinings + 1, self.world.now
@@ -1233,9 +1234,12 @@ class Server:
             return
         adopted = await self.adopt(instance, self.epoch())
         run, told = self.run_of_conn, self.inherited if adopted else set()
-        if self.world.now - self.born < 2 * DOUBT_S:
-            _, awaited = await self.ask("roll", instance, run)
-            told = told | {n for n in awaited if n != self.name and address_of(n) == address_of(self.name)}
+        if ANYBODY in self.missed or self.world.now - self.born < 2 * DOUBT_S:
+            back, awaited = await self.ask("roll", instance, run)
+            if ANYBODY in back and self.world.now - self.lost_at >= HOLD_OFF_S:
+                self.missed.pop(ANYBODY, None)
+                self.missed.update(dict.fromkeys(awaited - self.missed.keys(), 0.0))
+            told = told | replaced(awaited, {self.name})
         if told:
             await self.ask("nodes_are_back", instance, run, self.name, sorted(told))
         if adopted and not self.busy:
@@ -1333,11 +1337,8 @@ class Server:
             self.missed[peer] += self.unlisted_for
         self.missed = {peer: missed for peer, missed in self.missed.items() if missed < DOUBT_S}
         emptied = now - self.lost_at < HOLD_OFF_S
-        if self.all_named and not emptied:
-            self.missed.pop(ANYBODY, None)
-        elif now - self.saw_at > LIST_S and not emptied:
+        if now - self.saw_at > LIST_S and not emptied:
             self.missed[ANYBODY] = 0.0
-        self.all_named = False
         self.unlisted = self.missed.keys() - set(others)
         self.unlisted_for = 0.0 if emptied else min(now - self.saw_at, LOOK_S)
         self.missed.update(dict.fromkeys(others, 0.0))
@@ -1347,7 +1348,7 @@ class Server:
         """Memory.begin_doubt"""
         now = self.lost_at = self.world.now
         self.doubt_until = now + DOUBT_S
-        self.unlisted, self.all_named = set(), False
+        self.unlisted = set()
         for peer, missed in self.missed.items():
             lived = now - missed
             self.others_before[peer] = max(lived, self.others_before.get(peer, lived))
@@ -1448,7 +1449,7 @@ class Server:
                 silent.add(peer)
             for partial in answer or ():
                 found.setdefault(partial.ledger_id, (partial, peer))
-        return found, silent
+        return found, silent - replaced(silent, {self.name, *asked} - silent)
 
     async def offers_of(self, peer: str, instance: str, number: int, attempt: int) -> list[Partial] | None:
         try:

@@ -11,10 +11,11 @@ def address_of(node_id: str) -> str:
     return address if separator and address.rpartition(":")[2].isdigit() else ""
 
 
-def predecessors(nodes: Iterable[str], node_id: str) -> set[str]:
-    """Return those of ``nodes`` that are gone for certain, as their address is the node's own."""
-    address = address_of(node_id)
-    return {node for node in nodes if address and node != node_id and address_of(node) == address}
+def replaced(nodes: Iterable[str], living: Iterable[str]) -> set[str]:
+    """Return those of ``nodes`` that are gone for certain, as a living one has their address."""
+    heirs = {address_of(node): node for node in living}
+    heirs.pop("", None)
+    return {node for node in nodes if heirs.get(address_of(node), node) != node}
 
 
 def host_of(node_id: str) -> str:

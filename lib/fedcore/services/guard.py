@@ -13,13 +13,13 @@ from twisted.logger import Logger
 from fedcore.core import iteration as core
 from fedcore.core.iteration import Iteration, Phase
 from fedcore.core.job import RunningState
-from fedcore.core.node_id import predecessors
+from fedcore.core.node_id import replaced
 from fedcore.errors import PeerError
 from fedcore.net.node_client import PeerUnreachable
 from fedcore.services.peers import PeerReplaced
 from fedcore.services.recovery import Memory
 from fedcore.store.cluster_state import ClusterState
-from fedcore.store.keys import DOUBT_S, REVOKED
+from fedcore.store.keys import REVOKED
 
 if TYPE_CHECKING:
     from fedcore.services.iteration_driver import IterationDriver, Parts
@@ -60,8 +60,10 @@ class UpdateGuard:
             return
         adopted = await self._ledgers.adopt(cluster, self._driver.epoch(), self._driver.node_id)
         told = self._ledgers.inherited if adopted else set()
-        if self._memory.age() < 2 * DOUBT_S:  # others await its predecessor for that long, at most
-            told = told | predecessors((await cluster.roll()).awaited, driver.node_id)
+        if self._memory.is_new:
+            roll = await cluster.roll()
+            self._memory.called(roll)
+            told = told | replaced(roll.awaited, [driver.node_id])
         await cluster.nodes_are_back(cluster.redis.run_id, driver.node_id, told)
         if adopted and not self._driver.busy:
             await self._driver.look()

@@ -492,7 +492,7 @@ class IterationDriver(Service):
         self._ledgers.reshape(ledger_shape(self.settings, self.models.newest_image.layout))
         for callback in self.on_terms:
             callback(self.settings)
-        self._memory.begin_instance(joined.roll)
+        self._memory.begin_instance()
         before, self.iteration = self.iteration, self._memory.localise(joined.snapshot)
         self._memory.ended = (joined.snapshot.success, joined.snapshot.result)
         self.cluster, self._run_id = joined.cluster, self._redis.run_id

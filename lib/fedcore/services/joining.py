@@ -18,7 +18,7 @@ from fedcore.core import model_info
 from fedcore.core.job import RunningState
 from fedcore.errors import ConfigError, StoreUnavailable
 from fedcore.services.recovery import Memory
-from fedcore.store.cluster_state import ClusterState, Roll, Snapshot, claim_instance
+from fedcore.store.cluster_state import ClusterState, Snapshot, claim_instance
 from fedcore.store.instances import hyper_parameters_text
 from fedcore.store.keys import job_ttl
 from fedcore.store.redis import Redis
@@ -38,13 +38,11 @@ class Joined:
         cluster: the shared state of the instance.
         settings: the file's, with the values that the cluster shares.
         snapshot: where the instance is.
-        roll: who has brought back what Redis had forgotten of it.
     """
 
     cluster: ClusterState
     settings: Settings
     snapshot: Snapshot
-    roll: Roll
 
 
 async def join(
@@ -80,7 +78,7 @@ async def join(
         instance=instance,
         iteration=snapshot.iteration.number,
     )
-    return Joined(cluster, settings, snapshot, await cluster.roll())
+    return Joined(cluster, settings, snapshot)
 
 
 async def _agree_on_values(cluster: ClusterState, settings: Settings) -> Settings:

@@ -96,12 +96,12 @@ class Memory:
         ] = {}  # who was on the list of the living; seconds for which it has not been
         self._unlisted: set[str] = set()  # of these, who was not on it at the last look,
         self._unlisted_for = 0.0  # and for how many seconds that look will have told so
-        self._all_named = False  # whether the next look at the list tells all servers that there are
         self._others_before: dict[str, float] = {}  # who lived when Redis may have forgotten them, and when
 
-    def age(self) -> float:
-        """Return for how many seconds this server has run."""
-        return float(self._reactor.seconds() - self._born)
+    @property
+    def is_new(self) -> bool:
+        """Whether others may await the process before this one, or there may be servers that this one cannot name."""
+        return ANYBODY in self._missed or self._reactor.seconds() - self._born < 2 * DOUBT_S
 
     def sealed_for(self) -> float:
         """Return for how many seconds the iteration has been sealed; infinite if nobody said when."""
@@ -154,17 +154,11 @@ class Memory:
             typical=self.typical,
         )
 
-    def begin_instance(self, roll: Roll) -> None:
-        """Forget what was known of another instance; who takes part in this one is still to be seen.
-
-        A list of the living tells all of them if they were named since Redis was emptied: the others are on the roll.
-        """
+    def begin_instance(self) -> None:
+        """Forget what was known of another instance; who takes part in this one is still to be seen."""
         self._fence = self.epoch = 0
         self._moments.clear()
         self._missed[ANYBODY] = 0.0
-        self._all_named = ANYBODY in roll.back
-        if self._all_named:
-            self._missed.update(dict.fromkeys(roll.awaited, 0.0))
 
     def claimed(self, token: str) -> None:
         """Take note of a token that this server was given."""
@@ -175,8 +169,8 @@ class Memory:
 
         Who is not on it any more is forgotten DOUBT_S later. A list that was emptied a moment ago names only those who
         have come back to it already: that others are not on it says nothing of them. With servers that were never
-        seen it is the same: only looks for DOUBT_S, without a gap of LIST_S, tell that there is nobody else; or one
-        look, if the others had named everybody.
+        seen it is the same: only looks for DOUBT_S, without a gap of LIST_S, tell that there is nobody else; or the
+        roll, see ``called``.
         """
         now = self._reactor.seconds()
         # Only now, as the list that they were not on may have been of a Redis whose loss was noticed after that look.
@@ -184,15 +178,18 @@ class Memory:
             self._missed[peer] += self._unlisted_for
         self._missed = {peer: missed for peer, missed in self._missed.items() if missed < DOUBT_S}
         emptied = now - self._lost_at < HOLD_OFF_S
-        if self._all_named and not emptied:
-            self._missed.pop(ANYBODY, None)
-        elif now - self._saw_at > LIST_S and not emptied:
+        if now - self._saw_at > LIST_S and not emptied:
             self._missed[ANYBODY] = 0.0
-        self._all_named = False
         self._unlisted = self._missed.keys() - set(others)
         self._unlisted_for = 0.0 if emptied else min(now - self._saw_at, LOOK_S)
         self._missed.update(dict.fromkeys(others, 0.0))
         self._saw_at = now
+
+    def called(self, roll: Roll) -> None:
+        """Take note of who was called, just after a look at the list: if that was everybody, there are no others."""
+        if ANYBODY in roll.back and self._reactor.seconds() - self._lost_at >= HOLD_OFF_S:
+            self._missed.pop(ANYBODY, None)
+            self._missed.update(dict.fromkeys(roll.awaited - self._missed.keys(), 0.0))
 
     def begin_doubt(self, others: Iterable[str]) -> None:
         """From now on Redis may not know yet what the others know, for DOUBT_S.
@@ -202,7 +199,7 @@ class Memory:
         """
         now = self._lost_at = self._reactor.seconds()
         self._doubt_until = now + DOUBT_S
-        self._unlisted, self._all_named = set(), False
+        self._unlisted = set()
         for peer, missed in self._missed.items():
             lived = now - missed
             self._others_before[peer] = max(lived, self._others_before.get(peer, lived))

@@ -27,6 +27,7 @@ from fedcore.aggregation.sums import RunningSum, Spans
 from fedcore.config import Settings
 from fedcore.core import iteration as core
 from fedcore.core.iteration import Iteration
+from fedcore.core.node_id import replaced
 from fedcore.errors import ConfigError, FedcoreError, PeerError, StoreError
 from fedcore.ledger.layout import Damaged, Epoch, Totals, sum_of
 from fedcore.ledger.ledger import Partial
@@ -274,7 +275,7 @@ class Reduction:
                 silent.add(peer)
             for offer in offers or ():
                 found.setdefault(offer.ledger, _Source(None, peer, offer))
-        return found, silent
+        return found, silent - replaced(silent, {self._node_id, *asked} - silent)
 
     async def _offers_of(
         self, peer: str, instance: str, number: int, attempt: int

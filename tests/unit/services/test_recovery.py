@@ -24,7 +24,6 @@ from fedcore.store.keys import ANYBODY
 from fedcore.wire.arrays import Layout
 
 ME = "10.0.0.1:6000::2026-01-01-00:00:00.000.000::10001"
-NOBODY = Roll(frozenset(), frozenset())  # is called: no loss is known
 KNOWN = Snapshot(
     Iteration(5, 2, Phase.COLLECTING, base="b5", lost=3),
     4.0,
@@ -296,7 +295,7 @@ class TestRoll:
 
     def test_who_may_not_know_everybody_does_not_answer_for_all(self, store: RecordedStore) -> None:
         memory = Memory(task.Clock())
-        memory.begin_instance(NOBODY)
+        memory.begin_instance()
         _, after = self.brought_back(store, memory)
         assert after == Roll(frozenset({ME, "adopted"}), frozenset({self.OTHER, ANYBODY}))
 
@@ -377,7 +376,7 @@ class TestClocks:
         memory = Memory(task.Clock())
         look = Snapshot(Iteration(5), None, None, None, 0, 0, True, "", typical=1.5)
         memory.localise(look)
-        memory.begin_instance(NOBODY)
+        memory.begin_instance()
         memory.localise(replace(look, typical=None))
         assert memory.known(Iteration(5)).typical == memory.typical == 1.5
 
@@ -415,7 +414,7 @@ class TestClocks:
         """Redis may have been emptied just before it looked, and is emptied again."""
         clock = task.Clock()
         memory = Memory(clock)
-        memory.begin_instance(NOBODY)
+        memory.begin_instance()
         for _ in range(int(DOUBT_S) // 2):
             clock.advance(1)
             memory.saw([])
@@ -425,23 +424,39 @@ class TestClocks:
         clock.advance(DOUBT_S / 2 + 2)
         assert memory.in_doubt([]) == []
 
-    def test_a_new_server_that_the_others_have_named_all_to_waits_for_those_alone(self) -> None:
+    def test_a_new_server_that_reads_that_all_were_called_waits_for_those_alone(self) -> None:
         clock = task.Clock()
         memory = Memory(clock)
         clock.advance(1_000)
-        memory.begin_instance(Roll(frozenset({ANYBODY, "a"}), frozenset({"cut off"})))
+        memory.begin_instance()
         memory.saw(["a"])
+        memory.called(Roll(frozenset({ANYBODY, "a"}), frozenset({"cut off"})))
         clock.advance(1)
         memory.begin_doubt(["a"])
         assert memory.in_doubt([]) == ["a", "cut off"]
 
-    def test_it_does_not_know_them_before_its_first_look(self) -> None:
+    def test_not_all_are_on_a_list_that_was_just_emptied(self) -> None:
         clock = task.Clock()
         memory = Memory(clock)
-        memory.begin_instance(Roll(frozenset({ANYBODY, "a"}), frozenset()))
+        memory.begin_instance()
         memory.begin_doubt([])
-        memory.saw(["a"])
+        memory.saw([])
+        memory.called(Roll(frozenset({ANYBODY, "a"}), frozenset()))
+        memory.begin_doubt([])
         assert memory.in_doubt([]) == [ANYBODY]
+
+    def test_the_roll_matters_to_a_new_server_and_to_one_that_may_not_know_all(self) -> None:
+        clock = task.Clock()
+        memory = Memory(clock)
+        memory.saw([])
+        assert memory.is_new
+        for _ in range(21):
+            clock.advance(1)
+            memory.saw([])
+        assert not memory.is_new
+        clock.advance(LIST_S + 1)
+        memory.saw([])
+        assert memory.is_new, "it was away"
 
     def test_a_short_absence_hides_nobody(self) -> None:
         """Whoever has come and gone meanwhile is on the list for as long as its lease runs."""
@@ -456,7 +471,7 @@ class TestClocks:
     def test_who_has_watched_the_list_knows_that_there_is_nobody_else(self) -> None:
         clock = task.Clock()
         memory = Memory(clock)
-        memory.begin_instance(NOBODY)
+        memory.begin_instance()
         for _ in range(int(DOUBT_S) + 2):
             clock.advance(1)
             memory.saw([])

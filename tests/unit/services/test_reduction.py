@@ -87,6 +87,7 @@ class World:
     adopted: dict[str, Partial] = field(default_factory=dict)
     called: Roll = field(default_factory=lambda: Roll(frozenset(), frozenset()))
     silent: bool = False  # is the peer
+    gone: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.own, adopted, self.distant = self.partials
@@ -96,7 +97,7 @@ class World:
         """Of the intake: this server's partial; of the peer: what it offers."""
         if len(where) == 2:
             return self.own
-        if self.silent:
+        if self.silent or where[0] in self.gone:
             raise PeerUnreachable("nobody answers")
         return [offer_of(self.distant)]
 
@@ -166,11 +167,13 @@ def world(layout: Layout) -> tuple[World, list[Update]]:
     return World(layout, partials, held), updates
 
 
-def reduction_of(there: World, arithmetic: Arithmetic = NUMPY, rule: str = "FedAvg") -> Reduction:
+def reduction_of(
+    there: World, arithmetic: Arithmetic = NUMPY, rule: str = "FedAvg", *, node_id: str = "me"
+) -> Reduction:
     stands_for: Any = there
     reactor: Any = Inline()
     template = ImageTemplate(there.layout)
-    made = Reduction("me", stands_for, stands_for, stands_for, template, reactor, arithmetic)
+    made = Reduction(node_id, stands_for, stands_for, stands_for, template, reactor, arithmetic)
     made.follow_terms(terms(rule))
     return made
 
@@ -375,6 +378,17 @@ def test_servers_that_were_never_seen_are_not_waited_for_once_another_server_has
     assert isinstance(reduce(reduction_of(there), there, [ANYBODY, OTHER]), Reduced)
     there.called = Roll(frozenset({OTHER}), frozenset({ANYBODY}))
     assert reduce(reduction_of(there), there, [ANYBODY, OTHER]) is None
+
+
+def test_a_process_that_is_gone_is_not_waited_for_though_its_address_cannot_be_reached() -> None:
+    """Its successor answers, or is this very server, which has looked for what it left."""
+    there, _ = world(Layout(PLAIN))
+    reduction = reduction_of(there)
+    before = "10.0.0.1:1::2026-01-01-00:00:00.000.000::10001"
+    there.gone = frozenset({before})
+    assert reduce(reduction, there, [before, OTHER]) is None
+    reduction = reduction_of(there, node_id="10.0.0.1:1::2026-01-01-00:00:09.000.000::10009")
+    assert isinstance(reduce(reduction, there, [before, OTHER]), Reduced)
 
 
 class TestTerms:
