@@ -1058,10 +1058,18 @@ class Server:
 
         held = {i: p.updates for i, p in self.adopted.items() if p.iteration == epoch.iteration}
         for ledger_id, updates in held.items():
-            await ask("own_ledger", cluster.instance, ledger_id, self.name, self.former.get(ledger_id, ""))
+            await self.claim_again(ask, cluster.instance, ledger_id)
             await self.restore(ask, cluster, epoch, ledger_id, updates)
         if self.own is not None:
             await self.restore(ask, cluster, epoch, self.own.id, self.own.updates)
+
+    async def claim_again(self, ask: Any, instance: str, ledger_id: str) -> bool:
+        """Ledgers.claim_again"""
+        owner, before = await ask("ledger_owner", instance, ledger_id), self.former.get(ledger_id, "")
+        if owner not in ("", REVOKED) and self.world.host_of(owner) == self.host:
+            before = owner
+        taken: bool = await ask("own_ledger", instance, ledger_id, self.name, before)
+        return owner == self.name or taken
 
     async def restore(
         self, ask: Any, cluster: Membership, epoch: Epoch, ledger_id: str, clients: Mapping[str, object]
@@ -1238,6 +1246,7 @@ class Server:
             back, awaited = await self.ask("roll", instance, run)
             if ANYBODY in back and self.world.now - self.lost_at >= HOLD_OFF_S:
                 self.missed.pop(ANYBODY, None)
+                self.unlisted.discard(ANYBODY)
                 self.missed.update(dict.fromkeys(awaited - self.missed.keys(), 0.0))
             told = told | replaced(awaited, {self.name})
         if told:
@@ -1245,7 +1254,7 @@ class Server:
         if adopted and not self.busy:
             await self.observe()
         for ledger_id in list(self.adopted):
-            if await self.ask("ledger_owner", instance, ledger_id) not in ("", self.name):
+            if not await self.claim_again(self.ask, instance, ledger_id):
                 self.drop(ledger_id)
         if now.running is not RunningState.RUNNING:
             return
@@ -1438,7 +1447,8 @@ class Server:
         counted = await self.ask("count_by_ledger", instance, now.number)
         elsewhere = counted.keys() - found.keys() - self.had
         owners = await self.ask("ledgers", instance) if elsewhere else {}
-        asked = sorted(({owners.get(i, "") for i in elsewhere} | set(everybody)) - {"", REVOKED, self.name})
+        wanted = {owners.get(i, "") for i in elsewhere} | set(everybody)
+        asked = sorted(wanted - replaced(wanted, {self.name}) - {"", REVOKED, self.name})
         offers = [
             self.world.spawn(self, self.offers_of(peer, instance, now.number, now.attempt)) for peer in asked
         ]

@@ -68,7 +68,7 @@ class UpdateGuard:
         if adopted and not self._driver.busy:
             await self._driver.look()
         for ledger_id in list(self._ledgers.adopted):
-            if await cluster.ledger_owner(ledger_id) not in ("", self._driver.node_id):
+            if not await self._ledgers.claim_again(cluster, ledger_id, driver.node_id):
                 self._ledgers.drop(ledger_id)
         if now.running is not RunningState.RUNNING:
             return

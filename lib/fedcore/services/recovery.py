@@ -189,6 +189,7 @@ class Memory:
         """Take note of who was called, just after a look at the list: if that was everybody, there are no others."""
         if ANYBODY in roll.back and self._reactor.seconds() - self._lost_at >= HOLD_OFF_S:
             self._missed.pop(ANYBODY, None)
+            self._unlisted.discard(ANYBODY)
             self._missed.update(dict.fromkeys(roll.awaited - self._missed.keys(), 0.0))
 
     def begin_doubt(self, others: Iterable[str]) -> None:

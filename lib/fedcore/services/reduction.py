@@ -258,10 +258,9 @@ class Reduction:
         found = {partial.ledger_id: _Source(partial) for partial in here}
         elsewhere = (await cluster.uploads_by_ledger(now.number)).keys() - found.keys() - self.had
         owners = await cluster.ledgers() if elsewhere else {}
-        asked = sorted(
-            ({owners.get(ledger_id, "") for ledger_id in elsewhere} | set(everybody))
-            - {"", ANYBODY, REVOKED, self._node_id}
-        )
+        wanted = {owners.get(ledger_id, "") for ledger_id in elsewhere} | set(everybody)
+        before = replaced(wanted, [self._node_id])  # what they left is adopted
+        asked = sorted(wanted - before - {"", ANYBODY, REVOKED, self._node_id})
         instance = cluster.keys.instance
         answers = await defer.DeferredList(
             [

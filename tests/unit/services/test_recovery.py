@@ -432,6 +432,7 @@ class TestClocks:
         memory.saw(["a"])
         memory.called(Roll(frozenset({ANYBODY, "a"}), frozenset({"cut off"})))
         clock.advance(1)
+        memory.saw(["a"])
         memory.begin_doubt(["a"])
         assert memory.in_doubt([]) == ["a", "cut off"]
 
