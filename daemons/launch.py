@@ -18,6 +18,7 @@ from twisted.internet import defer, error, reactor, task
 from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory
+from twisted.python.failure import Failure
 
 from fedcore import __version__
 from fedcore.config import Address, Settings
@@ -88,6 +89,9 @@ class Listener:
         factory: Twisted protocol factory.
         context: makes the TLS of new connections; None for plain TCP.
         stays: whether it listens until the drain is over; others close before it.
+        shut: tells whether who connects would be served badly yet; then nobody listens, so that balancers and clients
+            go elsewhere. Asked once everything listens, and once a second until it is False for the first time.
+        is_open: whether it listens.
     """
 
     purpose: str
@@ -95,6 +99,31 @@ class Listener:
     factory: Any
     context: Any = None
     stays: bool = False
+    shut: Callable[[], bool] = lambda: False
+    is_open: bool = False
+
+    def listen(self, reactor: Any) -> IListeningPort:
+        """Open the socket.
+
+        Raises:
+            FedcoreError: the address cannot be listened at.
+        """
+        factory = self.factory
+        if self.context is not None:
+            factory = TLSMemoryBIOFactory(self.context, False, factory)
+        try:
+            port: IListeningPort = reactor.listenTCP(
+                self.address.port, factory, interface=self.address.host, backlog=1024
+            )
+        except error.CannotListenError as problem:
+            cause = problem.socketError
+            raise FedcoreError(
+                f"cannot listen at {self.address} ({self.purpose}): {cause.strerror or cause}",
+                hint=_LISTEN_REMEDIES.get(cause.errno, "choose another address"),
+            ) from cause
+        log.info("{purpose} at {address}", purpose=self.purpose, address=str(self.address))
+        self.is_open = True
+        return port
 
 
 @dataclass
@@ -110,7 +139,7 @@ class Daemon:
             within a second.
         alive: tells, given the seconds in which the process ran since the last question, whether all is well that a new
             process would mend; asked for systemd's watchdog.
-        started: called once all listen.
+        started: called once all listen, before anybody is served.
         drain: awaited before anything is stopped.
         last_work: gives the seconds that work in threads may still take once everything is stopped.
         fault: why it ended by itself, None if it did not.
@@ -128,7 +157,7 @@ class Daemon:
     last_work: Callable[[], float] = lambda: EXTENSION_S
     fault: FedcoreError | None = None
     stopping: bool = False
-    _ports: list[IListeningPort] = field(default_factory=list)
+    _ports: list[tuple[Listener, IListeningPort]] = field(default_factory=list)
 
     def status_line(self) -> str:
         """Return what systemd shows: what the daemon is about, and whether it follows another configuration."""
@@ -295,7 +324,6 @@ def run(name: str, build: Callable[[Any, Notifier], Daemon | None]) -> int:
     signal.signal(signal.SIGHUP, _on_hangup(daemon, notifier, reactor))
     reactor.addSystemEventTrigger("before", "shutdown", _stop, daemon, notifier, supervision, reactor)  # type: ignore[attr-defined]
     notifier.ready(daemon.status_line())
-    daemon.started()
     supervision.startService()
     daemon.follow(supervision.changed)
     reactor.callWhenRunning(_let_signals_end, daemon, reactor)  # type: ignore[attr-defined]
@@ -359,22 +387,39 @@ def _start(daemon: Daemon, reactor: Any) -> None:
     Raises:
         FedcoreError: an address cannot be listened at.
     """
-    for listener in daemon.listeners:
-        factory = listener.factory
-        if listener.context is not None:
-            factory = TLSMemoryBIOFactory(listener.context, False, factory)
-        host, port = listener.address.host, listener.address.port
-        try:
-            daemon._ports.append(reactor.listenTCP(port, factory, interface=host, backlog=1024))
-        except error.CannotListenError as problem:
-            cause = problem.socketError
-            raise FedcoreError(
-                f"cannot listen at {listener.address} ({listener.purpose}): {cause.strerror or cause}",
-                hint=_LISTEN_REMEDIES.get(cause.errno, "choose another address"),
-            ) from cause
-        log.info("{purpose} at {address}", purpose=listener.purpose, address=str(listener.address))
+    daemon._ports = [(listener, listener.listen(reactor)) for listener in daemon.listeners]
     for service in daemon.services:
         service.startService()
+    daemon.started()
+    for entry in list(daemon._ports):
+        if entry[0].shut():
+            _shut(daemon, entry, reactor)
+
+
+def _shut(daemon: Daemon, entry: tuple[Listener, IListeningPort], reactor: Any) -> None:
+    """Close a listener until who connects is served well."""
+    listener, port = entry
+    log.warn(
+        "{purpose} at {address} is shut for now", purpose=listener.purpose, address=str(listener.address)
+    )
+    daemon._ports.remove(entry)
+    port.stopListening()
+    listener.is_open = False
+
+    def look() -> None:
+        if daemon.stopping:
+            looking.stop()
+        elif not listener.shut():
+            looking.stop()
+            daemon._ports.append((listener, listener.listen(reactor)))
+
+    def failed(failure: Failure) -> None:
+        problem = failure.value
+        daemon.give_up(problem if isinstance(problem, FedcoreError) else FedcoreError(str(problem)))
+
+    looking = task.LoopingCall(look)
+    looking.clock = reactor
+    looking.start(1.0, now=False).addErrback(failed)
 
 
 @defer.inlineCallbacks
@@ -390,12 +435,12 @@ def _stop(daemon: Daemon, notifier: Notifier, supervision: Supervision, reactor:
     renewing.start(EXTENSION_S / 3)
     for _ in range(TURNS):
         yield task.deferLater(reactor, 0, lambda: None)
-    for listener, port in zip(daemon.listeners, daemon._ports, strict=True):
+    for listener, port in daemon._ports:
         if not listener.stays:
             yield port.stopListening()
     if daemon.drain is not None:
         yield defer.Deferred.fromCoroutine(daemon.drain())  # type: ignore[arg-type]
-    for listener, port in zip(daemon.listeners, daemon._ports, strict=True):
+    for listener, port in daemon._ports:
         if listener.stays:
             yield port.stopListening()
     for service in reversed(daemon.services):

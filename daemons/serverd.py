@@ -127,14 +127,21 @@ def build(
         links.on_renewal.append(lambda: server.drop_nodes(links.is_revoked))
     context = None if links is None else links.http
     node_context = None if links is None else links.node_listening
-    readiness = Readiness(server.checks())
+    proxies = settings.fedcore.device.proxies, settings.fedcore.device.header_timeout
+    devices = launch.Listener(
+        "device API",
+        http,
+        *behind_proxies(server.site, context, *proxies, reactor),
+        shut=server.has_no_room,
+    )
+    shut = "shut until there is room for updates"
+    readiness = Readiness({**server.checks(), "device API": lambda: None if devices.is_open else shut})
     notices = launch.notices_of(settings, server.driver.heard, reactor)
     notices.follow(changes(settings.fl_name))
-    proxies = settings.fedcore.device.proxies, settings.fedcore.device.header_timeout
     daemon = launch.Daemon(
         configuration,
         [
-            launch.Listener("device API", http, *behind_proxies(server.site, context, *proxies, reactor)),
+            devices,
             launch.Listener(
                 "node channel", server.node_address, server.node_listener, node_context, stays=True
             ),

@@ -32,6 +32,7 @@ from fedcore.store.cluster_state import (
     Raised,
     Rebased,
     Reserve,
+    Roll,
     Snapshot,
     StateMissing,
     claim_instance,
@@ -629,15 +630,51 @@ class TestAccept:
     def test_nothing_is_counted_until_others_have_told_what_redis_lost(self, ready: Shared) -> None:
         """A client may have its update at one of them, and come again elsewhere."""
         run_id = ready.state.redis.run_id
-        ready.run(ready.state.await_nodes(run_id, ["node-2", "node-3"]))
-        ready.run(ready.state.nodes_are_back(run_id, ["node-2"]))
+        ready.run(ready.state.await_nodes(run_id, "node-1", ["node-2", "node-3"]))
+        ready.run(ready.state.nodes_are_back(run_id, "node-1", ["node-1", "node-2"]))
         with pytest.raises(OthersAwaited):
             ready.accept("a")
         assert ready.uploads() == {}
-        ready.run(ready.state.await_nodes(run_id, ["node-2"]))  # as a third one sees it, which comes later
-        ready.run(ready.state.nodes_are_back(run_id, ["node-3"]))
+        ready.run(
+            ready.state.await_nodes(run_id, "node-1", ["node-2"])
+        )  # as a third one sees it, which comes later
+        ready.run(ready.state.nodes_are_back(run_id, "node-1", ["node-3"]))
         assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
         assert 0 < int(ready.command("TTL", ready.state.keys.awaited(run_id))) <= 3600
+
+    def test_the_roll_tells_who_is_back_and_who_may_still_come(self, ready: Shared) -> None:
+        run_id = ready.state.redis.run_id
+        assert ready.run(ready.state.roll()) == Roll(frozenset(), frozenset())
+        assert not Roll(frozenset(), frozenset()).complete, "no loss is known"
+        ready.run(ready.state.await_nodes(run_id, "node-1", ["node-2", "node-3", keys.ANYBODY]))
+        ready.run(ready.state.nodes_are_back(run_id, "node-1", ["node-1", "node-2"]))
+        there = ready.run(ready.state.roll())
+        assert there == Roll(frozenset({"node-1", "node-2"}), frozenset({"node-3", keys.ANYBODY}))
+        assert not there.complete
+        seconds, micros = ready.command("TIME")
+        long_ago = int(seconds) * 1000 + int(micros) // 1000 - 10_100
+        ready.command("HSET", ready.state.keys.awaited(run_id), "node-3", long_ago)
+        ready.run(ready.state.nodes_are_back(run_id, "node-1", [keys.ANYBODY]))
+        assert ready.run(ready.state.roll()).complete, "who does not come in time is awaited no more"
+
+    def test_who_brought_something_back_before_another_loss_is_not_back(self, ready: Shared) -> None:
+        run_id = ready.state.redis.run_id
+        first = ready.run(ready.state.await_nodes(run_id, "node-1", []))
+        ready.command("HSET", ready.state.keys.awaited(run_id), "node-1", int(first) - 1)  # as another call
+        ready.run(ready.state.nodes_are_back(run_id, "node-1", ["node-1"], first))
+        assert ready.run(ready.state.roll()).awaited == {"node-1"}
+        second = ready.run(ready.state.await_nodes(run_id, "node-1", ["node-2"]))
+        ready.run(ready.state.nodes_are_back(run_id, "node-1", ["node-1"], second))
+        ready.run(ready.state.nodes_are_back(run_id, "node-1", ["node-1"], second))
+        assert ready.run(ready.state.roll()) == Roll(frozenset({"node-1"}), frozenset({"node-2"}))
+
+    def test_updates_do_not_wait_for_servers_that_nobody_can_name(self, ready: Shared) -> None:
+        run_id = ready.state.redis.run_id
+        ready.run(ready.state.await_nodes(run_id, "node-1", [keys.ANYBODY]))
+        with pytest.raises(OthersAwaited):
+            ready.accept("a")
+        ready.run(ready.state.nodes_are_back(run_id, "node-1", ["node-1"]))
+        assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
 
     def test_a_sealed_iteration_takes_back_what_redis_forgot(self, ready: Shared) -> None:
         """Asked again by the server whose answer was lost: its client may know by another one that it counts."""
@@ -658,21 +695,20 @@ class TestAccept:
 
     def test_nobody_may_be_back(self, ready: Shared) -> None:
         """So it is where a ledger is adopted whose owner Redis does not know any more."""
-        ready.run(ready.state.nodes_are_back(ready.state.redis.run_id, []))
-        ready.run(ready.state.await_nodes(ready.state.redis.run_id, []))
+        ready.run(ready.state.nodes_are_back(ready.state.redis.run_id, "node-1", []))
         assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
 
     def test_nobody_is_awaited_for_long(self, ready: Shared) -> None:
         run_id = ready.state.redis.run_id
-        ready.run(ready.state.await_nodes(run_id, ["node-2"]))
+        ready.run(ready.state.await_nodes(run_id, "node-1", ["node-2"]))
         seconds, micros = ready.command("TIME")
         long_ago = int(seconds) * 1000 + int(micros) // 1000 - 1600
-        ready.command("HSET", ready.state.keys.awaited(run_id), "node-2", long_ago)
+        ready.command("HSET", ready.state.keys.awaited(run_id), "node-1", long_ago, "node-2", long_ago)
         assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
 
     def test_a_counted_update_is_known_meanwhile(self, ready: Shared) -> None:
         assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
-        ready.run(ready.state.await_nodes(ready.state.redis.run_id, ["node-2"]))
+        ready.run(ready.state.await_nodes(ready.state.redis.run_id, "node-1", ["node-2"]))
         assert ready.accept("a")[0] is Acceptance.ACCEPTED
         assert ready.accept("a", ledger_id="L2")[0] is Acceptance.REPEATED
 

@@ -16,7 +16,7 @@ from typing import Any
 from fedcore.core.client_key import client_key
 from fedcore.core.iteration import MADE, Iteration, Phase
 from fedcore.core.job import RunningState
-from fedcore.store.keys import HEARTBEAT_TTL_S, REVOKED
+from fedcore.store.keys import DOUBT_S, HEARTBEAT_TTL_S, REVOKED
 
 key_of = lru_cache(client_key)
 RUNNING = RunningState.RUNNING
@@ -264,7 +264,7 @@ class SharedState:
             return "accepted", len(uploads), clients[client]
         if status.attempt != attempt or status.running is not RUNNING:
             return "closed", status.number, ""
-        if any(self.clock() - since < hold_off for since in self.awaited.get(run, {}).values()):
+        if any(self.clock() - since < hold_off for node, since in self.awaited.get(run, {}).items() if node):
             return "awaited", 0, ""
         forgotten = again and status.phase in (Phase.SEALED, Phase.REDUCING)
         if len(uploads) >= quorum or not (status.phase is Phase.COLLECTING or forgotten):
@@ -282,14 +282,24 @@ class SharedState:
             self.completed[number] = self.clock()
         return "accepted", len(uploads), clients[client]
 
-    def await_nodes(self, run: int, nodes: Iterable[str]) -> None:
+    def await_nodes(self, run: int, node_id: str, others: Iterable[str]) -> float:
         known = self.awaited.setdefault(run, {})
-        for node in nodes:
+        for node in (node_id, *others):
             known.setdefault(node, self.clock())
+        return known[node_id]
 
-    def nodes_are_back(self, run: int, nodes: Iterable[str]) -> None:
-        """HSET of those that are awaited no more."""
-        self.awaited.setdefault(run, {}).update(dict.fromkeys(nodes, float("-inf")))
+    def nodes_are_back(self, run: int, node_id: str, nodes: Iterable[str], call: float | None = None) -> bool:
+        known = self.awaited.setdefault(run, {})
+        if call is not None and known.get(node_id) not in (call, float("-inf")):
+            return False
+        known.update(dict.fromkeys(nodes, float("-inf")))
+        return True
+
+    def roll(self, run: int) -> tuple[set[str], set[str]]:
+        """read_awaited.lua: who is back, and who is awaited."""
+        known = self.awaited.get(run, {})
+        back = {node for node, since in known.items() if since == float("-inf")}
+        return back, {node for node, since in known.items() if self.clock() - since < DOUBT_S}
 
     # ---- members and ledgers
 

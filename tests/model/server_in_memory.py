@@ -304,7 +304,7 @@ class RecordedStore(Store):
     def _accept_upload(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
         number, attempt, requested, client, quorum, ledger_id, fit, _, node_id, _, ms, again = words
         new = self._id(client) and client not in state.uploads.get(requested, {})
-        if new and any(self.clock() - since < ms for since in self.awaited.get(keys[7], {}).values()):
+        if new and self._is_awaited(keys[7], ms):
             return [b"awaited", 0, b""]
         word, counted, text = state.accept_upload(
             number, attempt, requested, self._id(client), quorum, ledger_id, node_id, fit == 1, again == 1
@@ -334,7 +334,7 @@ class RecordedStore(Store):
         if self.name not in ("", instance):
             return 0
         again = state.status is not None and state.status.digest == digest
-        if not again and any(self.clock() - since < ms for since in self.awaited.get(keys[1], {}).values()):
+        if not again and self._is_awaited(keys[1], ms):
             return -1
         return int(state.push_weight(number, attempt, aggregate, digest))
 
@@ -370,10 +370,30 @@ class RecordedStore(Store):
         word, restored = state.restore_clients(number, ledger_id, node_id, metas, base)
         return [word.encode(), restored]
 
-    def _await_nodes(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> None:
+    def _is_awaited(self, key: str, ms: int) -> bool:
+        nodes = self.awaited.get(key, {})
+        return any(node and self.clock() - since < ms for node, since in nodes.items())
+
+    def _read_awaited(
+        self, state: SharedState, keys: Sequence[str], words: Sequence[Any]
+    ) -> list[list[bytes]]:
+        nodes = self.awaited.get(keys[0], {})
+        back = [node.encode() for node, since in nodes.items() if since == _BACK]
+        return [back, [node.encode() for node, since in nodes.items() if self.clock() - since < words[0]]]
+
+    def _await_nodes(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> bytes:
         known = self.awaited.setdefault(keys[0], {})
         for node in words[1:]:
             known.setdefault(node, self.clock())
+        return repr(known[words[1]]).encode()
+
+    def _nodes_are_back(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
+        _, node_id, call, *nodes = words
+        known = self.awaited.setdefault(keys[0], {})
+        if call and repr(known.get(node_id)) not in (call, repr(_BACK)):
+            return 0
+        known.update(dict.fromkeys(nodes, _BACK))
+        return 1
 
     def _own_ledger(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
         return int(state.own_ledger(*words[:3]))
@@ -430,11 +450,6 @@ class RecordedStore(Store):
             case "HMGET", ("clients" | "uploads") as kind:
                 held = {"clients": state.clients, "uploads": state.uploads}[kind].get(int(parts[3]), {})
                 return [held[str(client)].encode() if client in held else None for client in fields]
-            case "HSET", "awaited":
-                assert fields, "Redis refuses this"
-                return self.awaited.setdefault(key, {}).update(dict.fromkeys(map(str, fields[::2]), _BACK))
-            case "EXPIRE", "awaited":
-                return 1
             case "HDEL", "server":
                 return state.leave(str(fields[0]))
             case "DEL", _:

@@ -22,20 +22,30 @@ from model.kernel import Answered, Lost, PeerGone, Promise, Refused, Replaced, p
 from fedcore.core import iteration as core
 from fedcore.core.iteration import Iteration, Phase
 from fedcore.core.job import RunningState
-from fedcore.services.recovery import ANYBODY
-from fedcore.store.keys import REVOKED
+from fedcore.store.keys import ANYBODY, REVOKED
 
 if TYPE_CHECKING:
     from model.simulation import Making
     from model.simulation import Simulation as World
 
 TICK_S, CLAIM_PAUSE_S, REBASE_S, LOSS_S, DOUBT_S, STALE_S, SPREAD_S = 1.0, 0.5, 10.0, 10.0, 10.0, 7.0, 2.0
-HOLD_OFF_S, LOOK_S = 1.5, 2.0
+HOLD_OFF_S, LOOK_S, LIST_S = 1.5, 2.0, 8.0
 PING_TIMEOUT_S, PEER_TIMEOUT_S, TAKE_TIMEOUT_S = 2.0, 5.0, 30.0
 ROOM_TIMEOUT_S, HOLD_S, RETRY_S, DRAIN_S = 8.0, 8.0, 0.1, 10.0
 TRIES, KEPT = 3, 3
 RESERVE = Reserve(1.0, 0.0, 0.5)
 NEVER = float("-inf")
+
+
+def address_of(node: str) -> str:
+    """Return where a server listens; the next process takes the place of one that is gone."""
+    return node.partition("#")[0]
+
+
+def replaced(nodes: set[str], living: set[str]) -> set[str]:
+    """node_id.replaced"""
+    heirs = {address_of(node): node for node in living}
+    return {node for node in nodes if node and heirs.get(address_of(node), node) != node}
 
 
 class Moved(Exception):
@@ -272,6 +282,7 @@ class Server:
         self.former: dict[str, str] = {}  # adopted ledger -> who owned it before
         self.dropped: list[str] = []
         self.inherited: set[str] = set()
+        self.born = world.now
         self.ledgers_epoch: Epoch | None = None
         self.passed: set[LedgerFile] = set()
         self.elsewhere: dict[LedgerFile, str] = {}  # files whose ledger a living node of another host owns
@@ -528,7 +539,7 @@ class Server:
                     attempt,
                     update.number,
                     update.client,
-                    self.policy.update_threshold,
+                    0 if late else self.policy.update_threshold,
                     ledger.id,
                     self.name,
                     True,
@@ -1019,10 +1030,11 @@ class Server:
         async def ask(*words: Any) -> Any:
             return await self.ask(*words, preparing=preparing)
 
-        if others := set(self.in_doubt()) - {ANYBODY}:
-            await ask("await_nodes", instance, run, sorted(others))
+        others = self.in_doubt()
+        call = await ask("await_nodes", instance, run, self.name, others)
         raised = await self.bring_back_all(ask, cluster, preparing)
-        await ask("nodes_are_back", instance, run, (self.name, *self.inherited))
+        vouched = () if ANYBODY in others else (ANYBODY,)
+        await ask("nodes_are_back", instance, run, self.name, (self.name, *vouched, *self.inherited), call)
         return raised
 
     async def bring_back_all(self, ask: Any, cluster: Membership, preparing: bool) -> str:
@@ -1046,10 +1058,18 @@ class Server:
 
         held = {i: p.updates for i, p in self.adopted.items() if p.iteration == epoch.iteration}
         for ledger_id, updates in held.items():
-            await ask("own_ledger", cluster.instance, ledger_id, self.name, self.former.get(ledger_id, ""))
+            await self.claim_again(ask, cluster.instance, ledger_id)
             await self.restore(ask, cluster, epoch, ledger_id, updates)
         if self.own is not None:
             await self.restore(ask, cluster, epoch, self.own.id, self.own.updates)
+
+    async def claim_again(self, ask: Any, instance: str, ledger_id: str) -> bool:
+        """Ledgers.claim_again"""
+        owner, before = await ask("ledger_owner", instance, ledger_id), self.former.get(ledger_id, "")
+        if owner not in ("", REVOKED) and self.world.host_of(owner) == self.host:
+            before = owner
+        taken: bool = await ask("own_ledger", instance, ledger_id, self.name, before)
+        return owner == self.name or taken
 
     async def restore(
         self, ask: Any, cluster: Membership, epoch: Epoch, ledger_id: str, clients: Mapping[str, object]
@@ -1220,10 +1240,21 @@ class Server:
             await self.ask("forget_interruption", instance)
         if not self.serving:
             return
-        if await self.adopt(instance, self.epoch()) and not self.busy:
+        adopted = await self.adopt(instance, self.epoch())
+        run, told = self.run_of_conn, self.inherited if adopted else set()
+        if ANYBODY in self.missed or self.world.now - self.born < 2 * DOUBT_S:
+            back, awaited = await self.ask("roll", instance, run)
+            if ANYBODY in back and self.world.now - self.lost_at >= HOLD_OFF_S:
+                self.missed.pop(ANYBODY, None)
+                self.unlisted.discard(ANYBODY)
+                self.missed.update(dict.fromkeys(awaited - self.missed.keys(), 0.0))
+            told = told | replaced(awaited, {self.name})
+        if told:
+            await self.ask("nodes_are_back", instance, run, self.name, sorted(told))
+        if adopted and not self.busy:
             await self.observe()
         for ledger_id in list(self.adopted):
-            if await self.ask("ledger_owner", instance, ledger_id) not in ("", self.name):
+            if not await self.claim_again(self.ask, instance, ledger_id):
                 self.drop(ledger_id)
         if now.running is not RunningState.RUNNING:
             return
@@ -1315,7 +1346,7 @@ class Server:
             self.missed[peer] += self.unlisted_for
         self.missed = {peer: missed for peer, missed in self.missed.items() if missed < DOUBT_S}
         emptied = now - self.lost_at < HOLD_OFF_S
-        if now - self.saw_at > LOOK_S and not emptied:
+        if now - self.saw_at > LIST_S and not emptied:
             self.missed[ANYBODY] = 0.0
         self.unlisted = self.missed.keys() - set(others)
         self.unlisted_for = 0.0 if emptied else min(now - self.saw_at, LOOK_S)
@@ -1362,6 +1393,7 @@ class Server:
         await self.adopt(instance, epoch)
         everybody = self.in_doubt()
         found, silent = await self.find(instance, now, own, everybody)
+        vouched = (await self.ask("roll", instance, self.run_of_conn))[0] & {ANYBODY} if everybody else set()
         uploads = await self.ask("uploads_of", instance, number)
         making = self.world.reduces(self, list(everybody))
         if self.in_doubt() != everybody:
@@ -1370,7 +1402,7 @@ class Server:
         for client, ledger_id in uploads.items():
             counted.setdefault(ledger_id, set()).add(client)
         uncounted = {i for i, (partial, _) in found.items() if partial.updates} - counted.keys()
-        if everybody and (uncounted or silent & set(everybody)):
+        if everybody and (uncounted or (silent & set(everybody)) - vouched):
             return None  # they bring back what Redis has forgotten, or the doubt ends
         held = {i for i, (partial, _) in found.items() if partial.updates} | self.had
         if not counted.keys() <= held:
@@ -1378,12 +1410,26 @@ class Server:
             empty = tuple(sorted(i for i in missing if i in found and not found[i][0].updates))
             return core.UpdatesLost(number, now.attempt, empty) if empty else None
         if len(uploads) < self.policy.update_threshold:
-            if not self.is_short((instance, number, now.attempt)) or everybody:
+            lasting = self.is_short((instance, number, now.attempt)) and not everybody
+            if not lasting and not await self.is_told(instance, now, own):
                 return None
             self.world.failed_reduction(self, "below the quorum")
             return core.ReductionFailed(core.status_lost(number))
         self.short = None
         return await self.add_all(now, epoch, previous, found, counted, making)
+
+    async def is_told(self, instance: str, now: Iteration, own: Partial | None) -> bool:
+        """Reduction._is_told"""
+        back, awaited = await self.ask("roll", instance, self.run_of_conn)
+        if awaited or not back:
+            return False
+        before = await self.ask("count_by_ledger", instance, now.number)
+        living = await self.ask("list_nodes", instance)
+        found, silent = await self.find(instance, now, own, living)
+        counted = await self.ask("count_by_ledger", instance, now.number)
+        uncounted = {i for i, (partial, _) in found.items() if partial.updates} - counted.keys()
+        back, awaited = await self.ask("roll", instance, self.run_of_conn)
+        return counted == before and not uncounted and not silent - {ANYBODY} and back and not awaited
 
     def is_short(self, attempt: tuple[str, int, int]) -> bool:
         """Reduction._is_short"""
@@ -1401,7 +1447,8 @@ class Server:
         counted = await self.ask("count_by_ledger", instance, now.number)
         elsewhere = counted.keys() - found.keys() - self.had
         owners = await self.ask("ledgers", instance) if elsewhere else {}
-        asked = sorted(({owners.get(i, "") for i in elsewhere} | set(everybody)) - {"", REVOKED, self.name})
+        wanted = {owners.get(i, "") for i in elsewhere} | set(everybody)
+        asked = sorted(wanted - replaced(wanted, {self.name}) - {"", REVOKED, self.name})
         offers = [
             self.world.spawn(self, self.offers_of(peer, instance, now.number, now.attempt)) for peer in asked
         ]
@@ -1412,7 +1459,7 @@ class Server:
                 silent.add(peer)
             for partial in answer or ():
                 found.setdefault(partial.ledger_id, (partial, peer))
-        return found, silent
+        return found, silent - replaced(silent, {self.name, *asked} - silent)
 
     async def offers_of(self, peer: str, instance: str, number: int, attempt: int) -> list[Partial] | None:
         try:

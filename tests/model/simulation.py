@@ -22,7 +22,17 @@ from typing import Any
 
 from model.cluster import SharedState, Status, Store
 from model.kernel import Agenda, Answered, Lost, PeerGone, Promise, Refused, Replaced, pause, wait
-from model.simulated_server import DOUBT_S, LOSS_S, Bug, Epoch, LedgerFile, Moved, Server, Update
+from model.simulated_server import (
+    DOUBT_S,
+    LOSS_S,
+    Bug,
+    Epoch,
+    LedgerFile,
+    Moved,
+    Server,
+    Update,
+    address_of,
+)
 
 from fedcore.core.client_key import client_key
 from fedcore.core.iteration import Phase, Policy, WrongPhase, status_lost
@@ -106,11 +116,6 @@ class Making:
 
 
 RARE = frozenset(["host_lost", "wipe", "flush", "step_back", "new_instance"])
-
-
-def address_of(node: str) -> str:
-    """Return where a server listens; the next process takes the place of one that is gone."""
-    return node.partition("#")[0]
 
 
 class Violation(AssertionError):
@@ -438,9 +443,10 @@ class Simulation(Agenda):
     def hasty(self, server: Server) -> bool:
         """Whether a server does not wait for the others to bring back what Redis has forgotten."""
         others = [s for s in self.servers.values() if s.instance == server.instance and not s.paused]
-        witnesses = [s.name for s in others if s.joined_at < self.forgot_at]
+        witnesses = {s.name for s in others if s.joined_at < self.forgot_at}
         late = self.now - self.forgot_at >= DOUBT_S
-        return server.name in witnesses and len(witnesses) > 1 and not late
+        back, _ = self.store.at(server.instance).roll(self.store.run)
+        return server.name in witnesses and not late and bool(witnesses - back)
 
     def excuse(self, key: tuple[str, int], client: str, ledger_id: str, base: str) -> str:
         """Return why an acknowledged update may be missing in a model, "" if it may not.

@@ -18,7 +18,7 @@ from model.server_in_memory import CLIENTS, Server
 from fedcore.core.iteration import server_exited, status_lost
 
 TOGETHER, APART = (1, 1), (1, 2)
-MOVES = 60  # of one iteration, with some to spare
+MOVES = 64  # of one iteration, with some to spare
 
 topology = pytest.mark.parametrize("hosts", [TOGETHER, APART], ids=["one host", "two hosts"])
 each_move = pytest.mark.parametrize("after", range(MOVES))

@@ -13,6 +13,7 @@ from twisted.logger import Logger
 from fedcore.core import iteration as core
 from fedcore.core.iteration import Iteration, Phase
 from fedcore.core.job import RunningState
+from fedcore.core.node_id import replaced
 from fedcore.errors import PeerError
 from fedcore.net.node_client import PeerUnreachable
 from fedcore.services.peers import PeerReplaced
@@ -58,12 +59,16 @@ class UpdateGuard:
         if not self._driver.serving:
             return
         adopted = await self._ledgers.adopt(cluster, self._driver.epoch(), self._driver.node_id)
-        if adopted:
-            await cluster.nodes_are_back(cluster.redis.run_id, self._ledgers.inherited)
+        told = self._ledgers.inherited if adopted else set()
+        if self._memory.is_new:
+            roll = await cluster.roll()
+            self._memory.called(roll)
+            told = told | replaced(roll.awaited, [driver.node_id])
+        await cluster.nodes_are_back(cluster.redis.run_id, driver.node_id, told)
         if adopted and not self._driver.busy:
             await self._driver.look()
         for ledger_id in list(self._ledgers.adopted):
-            if await cluster.ledger_owner(ledger_id) not in ("", self._driver.node_id):
+            if not await self._ledgers.claim_again(cluster, ledger_id, driver.node_id):
                 self._ledgers.drop(ledger_id)
         if now.running is not RunningState.RUNNING:
             return

@@ -217,9 +217,16 @@ class Ledgers:
             self.discard()
         self.drop(ledger_id)
 
-    async def claim_again(self, cluster: ClusterState, ledger_id: str, node_id: str) -> None:
-        """Own an adopted ledger again, if the shared state has forgotten that it was adopted."""
-        await cluster.own_ledger(ledger_id, node_id, self._former.get(ledger_id, ""))
+    async def claim_again(self, cluster: ClusterState, ledger_id: str, node_id: str) -> bool:
+        """Own an adopted ledger again, if the shared state has forgotten that it was adopted.
+
+        Returns:
+            Whether it is this server's; False if it was revoked, or another host has it.
+        """
+        owner, before = await cluster.ledger_owner(ledger_id), self._former.get(ledger_id, "")
+        if owner not in ("", REVOKED) and host_of(owner) == host_of(node_id):
+            before = owner  # it is no other's of this host, which would have to hold its lock
+        return owner == node_id or await cluster.own_ledger(ledger_id, node_id, before)
 
     def drop(self, ledger_id: str) -> None:
         """Let go of an adopted ledger, which was revoked."""

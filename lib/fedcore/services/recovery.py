@@ -18,15 +18,17 @@ from fedcore.core import model_info
 from fedcore.core.iteration import CipherRound, Iteration
 from fedcore.ledger.layout import Epoch
 from fedcore.services.ledgers import Ledgers
-from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Look, Raised, Snapshot
-from fedcore.store.keys import DOUBT_S, HOLD_OFF_S
+from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Look, Raised, Roll, Snapshot
+from fedcore.store.keys import ANYBODY, DOUBT_S, HEARTBEAT_TTL_S, HOLD_OFF_S
 
 if TYPE_CHECKING:
     from fedcore.services.iteration_driver import IterationDriver, Parts
 
 JUMP_S = 2.0  # by so much Redis' clock may differ from one look to the next; more, and it was set
 LOOK_S = 2.0  # of the time since the look before, one look tells at most so much; there is one a second
-ANYBODY = ""  # stands for servers that this one has never seen on the list, as it has not watched it for long enough
+LIST_S = (
+    HEARTBEAT_TTL_S - LOOK_S
+)  # who came and went between two looks is on the list, unless there was more time
 _SAME_S = 0.0005  # half of the unit in which Redis holds moments
 log = Logger()
 
@@ -82,6 +84,7 @@ class Memory:
         self.sealed_at: float | None = None
         self.typical: float | None = None
         self._reactor = reactor
+        self._born = reactor.seconds()
         self._moments: dict[str, Moment] = {}  # of the current iteration
         self._fence = 0  # highest number of a token that was seen
         self.epoch = 0
@@ -94,6 +97,11 @@ class Memory:
         self._unlisted: set[str] = set()  # of these, who was not on it at the last look,
         self._unlisted_for = 0.0  # and for how many seconds that look will have told so
         self._others_before: dict[str, float] = {}  # who lived when Redis may have forgotten them, and when
+
+    @property
+    def is_new(self) -> bool:
+        """Whether others may await the process before this one, or there may be servers that this one cannot name."""
+        return ANYBODY in self._missed or self._reactor.seconds() - self._born < 2 * DOUBT_S
 
     def sealed_for(self) -> float:
         """Return for how many seconds the iteration has been sealed; infinite if nobody said when."""
@@ -166,7 +174,8 @@ class Memory:
 
         Who is not on it any more is forgotten DOUBT_S later. A list that was emptied a moment ago names only those who
         have come back to it already: that others are not on it says nothing of them. With servers that were never
-        seen it is the same: only looks for DOUBT_S, without a gap, tell that there is nobody else.
+        seen it is the same: only looks for DOUBT_S, without a gap of LIST_S, tell that there is nobody else; or the
+        roll, see ``called``.
         """
         now = self._reactor.seconds()
         # Only now, as the list that they were not on may have been of a Redis whose loss was noticed after that look.
@@ -174,12 +183,19 @@ class Memory:
             self._missed[peer] += self._unlisted_for
         self._missed = {peer: missed for peer, missed in self._missed.items() if missed < DOUBT_S}
         emptied = now - self._lost_at < HOLD_OFF_S
-        if now - self._saw_at > LOOK_S and not emptied:
+        if now - self._saw_at > LIST_S and not emptied:
             self._missed[ANYBODY] = 0.0
         self._unlisted = self._missed.keys() - set(others)
         self._unlisted_for = 0.0 if emptied else min(now - self._saw_at, LOOK_S)
         self._missed.update(dict.fromkeys(others, 0.0))
         self._saw_at = now
+
+    def called(self, roll: Roll) -> None:
+        """Take note of who was called, just after a look at the list: if that was everybody, there are no others."""
+        if ANYBODY in roll.back and self._reactor.seconds() - self._lost_at >= HOLD_OFF_S:
+            self._missed.pop(ANYBODY, None)
+            self._unlisted.discard(ANYBODY)
+            self._missed.update(dict.fromkeys(roll.awaited - self._missed.keys(), 0.0))
 
     def begin_doubt(self, others: Iterable[str]) -> None:
         """From now on Redis may not know yet what the others know, for DOUBT_S.
@@ -336,8 +352,8 @@ class Recovery:
         driver.opening.be_patient()
         self._parts.reduction.be_patient()
         self._parts.judge.forget()
-        others = sorted(set(self._memory.in_doubt(driver.others)) - {driver.node_id, ANYBODY})
-        await cluster.await_nodes(run_id, others)
+        others = self._memory.in_doubt(driver.others)
+        call = await cluster.await_nodes(run_id, driver.node_id, others)
         raised = await bring_back(
             cluster,
             self._memory.known(driver.iteration),
@@ -346,7 +362,9 @@ class Recovery:
             driver.places,
             self._left_out,
         )
-        await cluster.nodes_are_back(run_id, (driver.node_id, *self._parts.ledgers.inherited))
+        vouched = () if ANYBODY in others else (ANYBODY,)  # it has named all that there are
+        told = (driver.node_id, *vouched, *self._parts.ledgers.inherited)
+        await cluster.nodes_are_back(run_id, driver.node_id, told, call)
         if raised is not Raised.NEWER:
             await cluster.offer_hyper_parameters(hyper_parameters(driver.settings))
             await cluster.offer_model_info(model_info.describe(driver.models.newest_image.layout))

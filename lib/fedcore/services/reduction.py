@@ -27,15 +27,15 @@ from fedcore.aggregation.sums import RunningSum, Spans
 from fedcore.config import Settings
 from fedcore.core import iteration as core
 from fedcore.core.iteration import Iteration
+from fedcore.core.node_id import replaced
 from fedcore.errors import ConfigError, FedcoreError, PeerError, StoreError
 from fedcore.ledger.layout import Damaged, Epoch, Totals, sum_of
 from fedcore.ledger.ledger import Partial
 from fedcore.services.ledgers import Ledgers
 from fedcore.services.peers import PeerReplaced, Peers
-from fedcore.services.recovery import ANYBODY
 from fedcore.services.update_intake import UpdateIntake
 from fedcore.store.cluster_state import ClusterState
-from fedcore.store.keys import DOUBT_S, REVOKED
+from fedcore.store.keys import ANYBODY, DOUBT_S, REVOKED
 from fedcore.wire.arrays import all_finite
 from fedcore.wire.image import ImageTemplate, ModelImage
 from fedcore.wire.node_messages import PartialOffer
@@ -193,6 +193,7 @@ class Reduction:
         await self._ledgers.adopt(cluster, epoch, self._node_id)
         everybody = in_doubt()
         sources, silent = await self._find(cluster, now, own, everybody)
+        vouched = (await cluster.roll()).back & {ANYBODY} if everybody else set()
         uploads = await cluster.uploads(number)  # after all have sealed: nothing can be added any more
         counted: dict[str, set[str]] = {}
         for client, ledger_id in uploads.items():
@@ -200,14 +201,15 @@ class Reduction:
         if in_doubt() != everybody:
             return None  # Redis was lost meanwhile
         uncounted = {i for i, source in sources.items() if source.updates} - counted.keys()
-        if everybody and (uncounted or silent & set(everybody)):
+        if everybody and (uncounted or (silent & set(everybody)) - vouched):
             return None  # they bring back what Redis has forgotten, or the doubt ends
         held = {ledger_id for ledger_id, source in sources.items() if source.updates} | self.had
         if not counted.keys() <= held:
             return self._missed(sources, counted, now)
         if len(uploads) < quorum:
-            lasting = self._is_short((cluster.keys.instance, number, now.attempt))
-            return core.ReductionFailed(core.status_lost(number)) if lasting and not everybody else None
+            lasting = self._is_short((cluster.keys.instance, number, now.attempt)) and not everybody
+            final = lasting or await self._is_told(cluster, now, own)
+            return core.ReductionFailed(core.status_lost(number)) if final else None
         self._short = None
         try:
             return await self._add_all(cluster, now, epoch, previous, sources, counted)
@@ -220,6 +222,22 @@ class Reduction:
         if self._short is None or self._short[0] != attempt:
             self._short = attempt, now
         return bool(now - self._short[1] >= DOUBT_S)
+
+    async def _is_told(self, cluster: ClusterState, now: Iteration, own: Partial | None) -> bool:
+        """Tell whether nobody is left who could bring back more of what Redis has forgotten.
+
+        So it is if everybody is back after the loss, every living server has closed its ledgers, and Redis counts all
+        that is in them.
+        """
+        if not (await cluster.roll()).complete:
+            return False
+        before = await cluster.uploads_by_ledger(now.number)
+        living = [node.node_id for node in await cluster.nodes("server")]
+        sources, silent = await self._find(cluster, now, own, living)
+        counted = await cluster.uploads_by_ledger(now.number)
+        uncounted = {i for i, source in sources.items() if source.updates} - counted.keys()
+        told = counted == before and not uncounted and not silent - {ANYBODY}
+        return told and (await cluster.roll()).complete  # or Redis was lost meanwhile
 
     def _missed(
         self, sources: Mapping[str, _Source], counted: Mapping[str, set[str]], now: Iteration
@@ -240,10 +258,9 @@ class Reduction:
         found = {partial.ledger_id: _Source(partial) for partial in here}
         elsewhere = (await cluster.uploads_by_ledger(now.number)).keys() - found.keys() - self.had
         owners = await cluster.ledgers() if elsewhere else {}
-        asked = sorted(
-            ({owners.get(ledger_id, "") for ledger_id in elsewhere} | set(everybody))
-            - {"", ANYBODY, REVOKED, self._node_id}
-        )
+        wanted = {owners.get(ledger_id, "") for ledger_id in elsewhere} | set(everybody)
+        before = replaced(wanted, [self._node_id])  # what they left is adopted
+        asked = sorted(wanted - before - {"", ANYBODY, REVOKED, self._node_id})
         instance = cluster.keys.instance
         answers = await defer.DeferredList(
             [
@@ -257,7 +274,7 @@ class Reduction:
                 silent.add(peer)
             for offer in offers or ():
                 found.setdefault(offer.ledger, _Source(None, peer, offer))
-        return found, silent
+        return found, silent - replaced(silent, {self._node_id, *asked} - silent)
 
     async def _offers_of(
         self, peer: str, instance: str, number: int, attempt: int

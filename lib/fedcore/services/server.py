@@ -288,6 +288,10 @@ class Server:
             "stopping": lambda: "the server is stopping" if self._api.stopping else None,
         }
 
+    def has_no_room(self) -> bool:
+        """Tell whether there is no ledger for what devices send."""
+        return self._ledgers.own is None
+
     def doing(self) -> str:
         """Return what the server is about, in a few words."""
         if self.driver.cluster is None:
@@ -309,7 +313,8 @@ class Server:
         self._client.drop(unwanted)
 
     def started(self) -> None:
-        """Tell the callback that the server listens."""
+        """Make room for updates, if there is any, and tell the callback that the server listens."""
+        self._ledgers.open()
         self._callback.after_started()
 
     async def drain(self) -> None:

@@ -317,10 +317,9 @@ class UpdateIntake(Service):
         masked: MaskedUpdate | None,
     ) -> tuple[Acceptance, int, ClientMeta | None]:
         limit = self._reactor.seconds() + self._room_timeout
-        late, again = (
-            self._sealing,
-            False,
-        )  # what comes late counts nowhere yet, and ``seal`` does not wait for it
+        # What comes late is in no sum, and ``seal`` does not wait for it. It must not be counted now either, even if
+        # Redis, having lost data, says for a moment that the iteration is still collecting.
+        late, again = self._sealing, False
         vector = self._vector_of(request) if fit else b""
         while True:
             try:
@@ -329,7 +328,7 @@ class UpdateIntake(Service):
                     attempt,
                     request.iteration,
                     request.fl_id or "",
-                    quorum=quorum,
+                    quorum=0 if late else quorum,
                     ledger_id=ledger.id,
                     node_id=self._node_id,
                     fit=fit,

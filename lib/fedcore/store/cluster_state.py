@@ -107,6 +107,25 @@ class Look:
     snapshot: Snapshot | None
 
 
+@dataclass(frozen=True, slots=True)
+class Roll:
+    """Who has answered the call to bring back what Redis has forgotten; all empty if no loss is known.
+
+    Attributes:
+        back: servers that have done so, by themselves or through those who took over their ledgers. ANYBODY is back
+            once a server has called the others that knows them all.
+        awaited: servers that may still do so, maybe ANYBODY.
+    """
+
+    back: frozenset[str]
+    awaited: frozenset[str]
+
+    @property
+    def complete(self) -> bool:
+        """Whether everybody is back after a loss."""
+        return bool(self.back) and not self.awaited
+
+
 class Raised(StrEnum):
     """What became of an attempt to bring the status back; the values are the script's words."""
 
@@ -290,25 +309,43 @@ class ClusterState:
             raise LeftOut(int(updates), word == b"rebased")
         return None if word == b"revoked" else int(updates)
 
-    async def await_nodes(self, run_id: str, node_ids: Sequence[str]) -> None:
-        """Have no update counted until others have brought back what this Redis has forgotten, or HOLD_OFF_S are over.
+    async def await_nodes(self, run_id: str, node_id: str, others: Iterable[str]) -> str:
+        """Have no update counted until all have brought back what this Redis has forgotten, or HOLD_OFF_S are over.
 
         Args:
             run_id: of this Redis.
-            node_ids: the others that may hold updates; those that are back already are not awaited.
-        """
-        if node_ids:
-            await self.redis.script(
-                "await_nodes", [self.keys.awaited(run_id)], [keys.AWAITED_TTL_S, *node_ids]
-            )
+            node_id: the server that calls.
+            others: further ones that may hold updates, ANYBODY for those that cannot be named; those that are back
+                already are not awaited, and no update waits for ANYBODY.
 
-    async def nodes_are_back(self, run_id: str, node_ids: Iterable[str]) -> None:
-        """Say that servers have brought back to this Redis what they know."""
-        pairs: list[Argument] = [part for node_id in node_ids for part in (node_id, "back")]
-        if not pairs:
-            return
-        await self.redis.command("HSET", self.keys.awaited(run_id), *pairs)
-        await self.redis.command("EXPIRE", self.keys.awaited(run_id), keys.AWAITED_TTL_S)
+        Returns:
+            What tells this call from one after another loss of data.
+        """
+        arguments: list[Argument] = [keys.AWAITED_TTL_S, node_id, *others]
+        word: bytes = await self.redis.script("await_nodes", [self.keys.awaited(run_id)], arguments)
+        return word.decode()
+
+    async def nodes_are_back(
+        self, run_id: str, node_id: str, node_ids: Iterable[str], call: str = ""
+    ) -> None:
+        """Say that servers have brought back to this Redis what they know.
+
+        Args:
+            run_id: of this Redis.
+            node_id: the server that says so.
+            node_ids: those of whom it says so.
+            call: what ``await_nodes`` returned before it did so; nothing is said if Redis was emptied since then.
+        """
+        arguments: list[Argument] = [keys.AWAITED_TTL_S, node_id, call, *node_ids]
+        if len(arguments) > 3:
+            await self.redis.script("nodes_are_back", [self.keys.awaited(run_id)], arguments)
+
+    async def roll(self) -> Roll:
+        """Return who has brought back what this Redis had forgotten, and who may still do so, for DOUBT_S."""
+        back, awaited = await self.redis.script(
+            "read_awaited", [self.keys.awaited(self.redis.run_id)], [int(keys.DOUBT_S * 1000)]
+        )
+        return Roll(*(frozenset(node.decode() for node in nodes) for nodes in (back, awaited)))
 
     async def select_client(
         self, number: int, fl_id: str, meta: ClientMeta, *, places: int, fit: bool, reserve: Reserve

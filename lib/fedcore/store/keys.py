@@ -57,6 +57,9 @@ HEARTBEAT_TTL_S = 10
 DOUBT_S = 10.0  # how long after a loss of data others may still bring back what they hold
 HOLD_OFF_S = 1.5  # for so long no update is counted meanwhile; they need less, unless they stand still
 AWAITED_TTL_S = 3_600
+ANYBODY = (
+    ""  # stands for servers that one has never seen on the list, as it has not watched it for long enough
+)
 REVOKED = "revoked"  # owner of a ledger whose updates were given up
 RELEASE_TTL_S = 60  # an ended iteration's clients and uploads still answer late repeats for this long
 SIGNATURES_KEPT = (

@@ -369,6 +369,25 @@ class TestOwners:
         result_of(ledgers.adopt(shared, EPOCH, self.ME))  # type: ignore[arg-type]
         assert ledgers.adopted[dead.ledger.id].totals.count == 1
 
+    @pytest.mark.parametrize(
+        ("owner", "is_ours"),
+        [("", True), ("10.0.0.1:6667", True), ("10.0.0.2:6666", False), (REVOKED, False)],
+    )
+    def test_one_that_redis_gives_back_to_the_dead_is_claimed_again(
+        self, tmp_path: Path, shared: Shared, ledgers: Ledgers, owner: str, is_ours: bool
+    ) -> None:
+        """After a fail-over that lost the adoption; whoever Redis names on this host cannot have the file's lock."""
+        dead = Dead(tmp_path, shared)
+        dead.upload("a", 1.0)
+        dead.die()
+        shared.owners.clear()  # Redis had lost its data when it was adopted
+        result_of(ledgers.adopt(shared, EPOCH, self.ME))  # type: ignore[arg-type]
+        shared.owners[dead.ledger.id] = before = (
+            f"{owner}::2022-11-22-10:00:00.001.002::69383" if ":" in owner else owner
+        )
+        claimed = result_of(ledgers.claim_again(shared, dead.ledger.id, self.ME))  # type: ignore[arg-type]
+        assert (claimed, shared.owners[dead.ledger.id]) == (is_ours, self.ME if is_ours else before)
+
     def test_a_copy_that_was_not_removed_goes_with_its_iteration(
         self, tmp_path: Path, shared: Shared, ledgers: Ledgers
     ) -> None:

@@ -15,10 +15,13 @@ from model.server_in_memory import PromptRedis, RecordedStore
 from twisted.internet import defer, task
 from twisted.logger import globalLogPublisher
 
+from fedcore.config import Settings
 from fedcore.core.iteration import Iteration, Phase
 from fedcore.ledger.layout import Epoch
-from fedcore.services.recovery import ANYBODY, DOUBT_S, JUMP_S, Memory, Moment, Recovery, bring_back, placed
-from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Raised, Snapshot
+from fedcore.services.recovery import DOUBT_S, JUMP_S, LIST_S, Memory, Moment, Recovery, bring_back, placed
+from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Raised, Roll, Snapshot
+from fedcore.store.keys import ANYBODY
+from fedcore.wire.arrays import Layout
 
 ME = "10.0.0.1:6000::2026-01-01-00:00:00.000.000::10001"
 KNOWN = Snapshot(
@@ -251,6 +254,52 @@ def test_whom_a_ledger_that_was_given_up_held_too_counts_again(store: RecordedSt
     assert state.uploads_of(5) == {}, "of the iteration before"
 
 
+class TestRoll:
+    """Who is called to bring back what Redis has forgotten, and who says so."""
+
+    OTHER = "10.0.0.2:6000::2026-01-01-00:00:00.000.000::10002"
+
+    def brought_back(self, store: RecordedStore, memory: Memory) -> tuple[list[Roll], Roll]:
+        """Return the roll at each step on the ledgers, and in the end."""
+        redis: Any = PromptRedis(store)
+        cluster = ClusterState(redis, "job", "i_1", 20_000)
+        rolls: list[Roll] = []
+
+        class Watched(Own):
+            def clients(self) -> dict[bytes, int]:
+                rolls.append(result_of(cluster.roll()))
+                return super().clients()
+
+        ledgers = InHand(own=Watched("own", {b"\1": 6}))
+        ledgers.inherited = {"adopted"}  # type: ignore[attr-defined]
+        nothing = SimpleNamespace(be_patient=lambda: None, forget=lambda: None)
+        parts: Any = SimpleNamespace(ledgers=ledgers, reduction=nothing, judge=nothing)
+        driver: Any = SimpleNamespace(
+            node_id=ME,
+            others=[self.OTHER],
+            opening=nothing,
+            iteration=KNOWN.iteration,
+            places={},
+            settings=Settings(),
+            models=SimpleNamespace(newest_image=SimpleNamespace(layout=Layout(()))),
+        )
+        store.at("i_1").own_ledger("own", ME)
+        result_of(Recovery(driver, parts, memory).bring_back(cluster, "1"))
+        return rolls, result_of(cluster.roll())
+
+    def test_a_server_awaits_itself_too_until_its_ledger_is_told(self, store: RecordedStore) -> None:
+        """Or another update could take the place of one that its ledger holds."""
+        during, after = self.brought_back(store, Memory(task.Clock()))
+        assert during == [Roll(frozenset(), frozenset({ME, self.OTHER}))]
+        assert after == Roll(frozenset({ME, "adopted", ANYBODY}), frozenset({self.OTHER}))
+
+    def test_who_may_not_know_everybody_does_not_answer_for_all(self, store: RecordedStore) -> None:
+        memory = Memory(task.Clock())
+        memory.begin_instance()
+        _, after = self.brought_back(store, memory)
+        assert after == Roll(frozenset({ME, "adopted"}), frozenset({self.OTHER, ANYBODY}))
+
+
 class TestClocks:
     """Redis' clock may be set, this server's may not."""
 
@@ -374,6 +423,51 @@ class TestClocks:
         assert memory.in_doubt([]) == [ANYBODY]
         clock.advance(DOUBT_S / 2 + 2)
         assert memory.in_doubt([]) == []
+
+    def test_a_new_server_that_reads_that_all_were_called_waits_for_those_alone(self) -> None:
+        clock = task.Clock()
+        memory = Memory(clock)
+        clock.advance(1_000)
+        memory.begin_instance()
+        memory.saw(["a"])
+        memory.called(Roll(frozenset({ANYBODY, "a"}), frozenset({"cut off"})))
+        clock.advance(1)
+        memory.saw(["a"])
+        memory.begin_doubt(["a"])
+        assert memory.in_doubt([]) == ["a", "cut off"]
+
+    def test_not_all_are_on_a_list_that_was_just_emptied(self) -> None:
+        clock = task.Clock()
+        memory = Memory(clock)
+        memory.begin_instance()
+        memory.begin_doubt([])
+        memory.saw([])
+        memory.called(Roll(frozenset({ANYBODY, "a"}), frozenset()))
+        memory.begin_doubt([])
+        assert memory.in_doubt([]) == [ANYBODY]
+
+    def test_the_roll_matters_to_a_new_server_and_to_one_that_may_not_know_all(self) -> None:
+        clock = task.Clock()
+        memory = Memory(clock)
+        memory.saw([])
+        assert memory.is_new
+        for _ in range(21):
+            clock.advance(1)
+            memory.saw([])
+        assert not memory.is_new
+        clock.advance(LIST_S + 1)
+        memory.saw([])
+        assert memory.is_new, "it was away"
+
+    def test_a_short_absence_hides_nobody(self) -> None:
+        """Whoever has come and gone meanwhile is on the list for as long as its lease runs."""
+        clock = task.Clock()
+        memory = Memory(clock)
+        memory.saw(["a"])
+        clock.advance(LIST_S)
+        memory.saw(["a", "b"])
+        memory.begin_doubt([])
+        assert memory.in_doubt([]) == ["a", "b"]
 
     def test_who_has_watched_the_list_knows_that_there_is_nobody_else(self) -> None:
         clock = task.Clock()

@@ -23,6 +23,7 @@ from fedcore.aggregation.arithmetic import (
     TorchArithmetic,
 )
 from fedcore.config import AggregationType, Settings
+from fedcore.core import iteration as core
 from fedcore.core.client_key import client_key
 from fedcore.core.iteration import Iteration
 from fedcore.errors import ConfigError
@@ -30,10 +31,11 @@ from fedcore.ledger.copy import PartialCopy, copy_in_memory
 from fedcore.ledger.files import NoSpace
 from fedcore.ledger.layout import Epoch, Shape
 from fedcore.ledger.ledger import Ledger, Partial, Update
+from fedcore.net.node_client import PeerUnreachable
 from fedcore.services.peers import offer_of
-from fedcore.services.recovery import ANYBODY
 from fedcore.services.reduction import Reduced, Reduction
-from fedcore.store.keys import InstanceKeys
+from fedcore.store.cluster_state import Node, Roll
+from fedcore.store.keys import ANYBODY, InstanceKeys
 from fedcore.wire.arrays import Layout, Weight
 from fedcore.wire.image import ImageTemplate, ModelImage
 from fedcore.wire.node_messages import PartialOffer
@@ -48,6 +50,9 @@ POPULATION = 10
 
 class Inline:
     """A reactor whose thread does its work at once."""
+
+    def seconds(self) -> float:
+        return 0.0
 
     def getThreadPool(self) -> Inline:
         return self
@@ -80,6 +85,9 @@ class World:
     copies: list[weakref.ref[PartialCopy]] = field(default_factory=list)
     short: bool = False  # of memory
     adopted: dict[str, Partial] = field(default_factory=dict)
+    called: Roll = field(default_factory=lambda: Roll(frozenset(), frozenset()))
+    silent: bool = False  # is the peer
+    gone: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.own, adopted, self.distant = self.partials
@@ -87,7 +95,11 @@ class World:
 
     async def seal(self, *where: Any) -> Any:
         """Of the intake: this server's partial; of the peer: what it offers."""
-        return self.own if len(where) == 2 else [offer_of(self.distant)]
+        if len(where) == 2:
+            return self.own
+        if self.silent or where[0] in self.gone:
+            raise PeerUnreachable("nobody answers")
+        return [offer_of(self.distant)]
 
     async def adopt(self, *which: Any) -> None:
         """Everything is adopted already."""
@@ -97,6 +109,12 @@ class World:
 
     async def uploads_by_ledger(self, number: int) -> dict[str, int]:
         return {ledger: len(clients) for ledger, clients in self.held.items()}
+
+    async def roll(self) -> Roll:
+        return self.called
+
+    async def nodes(self, role: str) -> list[Node]:
+        return [Node("me", role, ""), Node(OTHER, role, "")]
 
     async def ledgers(self) -> dict[str, str]:
         return {self.distant.ledger_id: OTHER}
@@ -149,11 +167,13 @@ def world(layout: Layout) -> tuple[World, list[Update]]:
     return World(layout, partials, held), updates
 
 
-def reduction_of(there: World, arithmetic: Arithmetic = NUMPY, rule: str = "FedAvg") -> Reduction:
+def reduction_of(
+    there: World, arithmetic: Arithmetic = NUMPY, rule: str = "FedAvg", *, node_id: str = "me"
+) -> Reduction:
     stands_for: Any = there
     reactor: Any = Inline()
     template = ImageTemplate(there.layout)
-    made = Reduction("me", stands_for, stands_for, stands_for, template, reactor, arithmetic)
+    made = Reduction(node_id, stands_for, stands_for, stands_for, template, reactor, arithmetic)
     made.follow_terms(terms(rule))
     return made
 
@@ -170,10 +190,10 @@ def before(layout: Layout) -> ModelImage:
     return ImageTemplate(layout).image({w.name: np.full(w.size, 2.0, np.float32) for w in layout})
 
 
-def reduce(reduction: Reduction, there: World, in_doubt: list[str] | None = None) -> Any:
+def reduce(reduction: Reduction, there: World, in_doubt: list[str] | None = None, *, quorum: int = 6) -> Any:
     cluster: Any = there
     others = in_doubt or []
-    return result_of(reduction.reduce(cluster, NOW, EPOCH, before(there.layout), 6, lambda: others))
+    return result_of(reduction.reduce(cluster, NOW, EPOCH, before(there.layout), quorum, lambda: others))
 
 
 def result_of(work: Coroutine[Any, Any, Any]) -> Any:
@@ -312,6 +332,63 @@ def test_servers_that_were_never_seen_are_not_asked_and_waited_for() -> None:
     assert reduce(reduction, there, [ANYBODY, OTHER]) is None
     assert there.copied == 0
     assert isinstance(reduce(reduction, there, [OTHER]), Reduced)
+
+
+class TestBelowTheQuorum:
+    """An iteration that was sealed with seven updates, of which Redis counts six after a loss of its data."""
+
+    BACK = frozenset({"me", OTHER, ANYBODY})
+    FAILED = core.ReductionFailed(core.status_lost(NOW.number))
+
+    def test_it_fails_at_once_when_everybody_is_back_and_no_update_is_left_to_tell(self) -> None:
+        there, _ = world(Layout(PLAIN))
+        there.called = Roll(self.BACK, frozenset())
+        assert reduce(reduction_of(there), there, quorum=7) == self.FAILED
+        assert reduce(reduction_of(there), there, [OTHER, ANYBODY], quorum=7) == self.FAILED, "also in doubt"
+
+    @pytest.mark.parametrize("awaited", [OTHER, ANYBODY])
+    def test_who_is_not_back_may_have_the_rest(self, awaited: str) -> None:
+        there, _ = world(Layout(PLAIN))
+        there.called = Roll(self.BACK - {awaited}, frozenset({awaited}))
+        assert reduce(reduction_of(there), there, quorum=7) is None
+
+    def test_without_a_loss_that_is_known_only_time_tells(self) -> None:
+        there, _ = world(Layout(PLAIN))
+        assert reduce(reduction_of(there), there, quorum=7) is None
+
+    def test_a_living_server_that_does_not_answer_may_have_the_rest(self) -> None:
+        there, _ = world(Layout(PLAIN))
+        there.called = Roll(self.BACK, frozenset())
+        there.adopted[there.distant.ledger_id] = there.distant  # or it would be missed before
+        there.silent = True
+        assert reduce(reduction_of(there), there, quorum=7) is None
+        there.silent = False
+        assert reduce(reduction_of(there), there, quorum=7) == self.FAILED
+
+    def test_so_may_a_server_whose_ledger_is_not_counted_yet(self) -> None:
+        there, _ = world(Layout(PLAIN))
+        there.called = Roll(self.BACK, frozenset())
+        del there.held[there.distant.ledger_id]
+        assert reduce(reduction_of(there), there, quorum=7) is None
+
+
+def test_servers_that_were_never_seen_are_not_waited_for_once_another_server_has_named_all() -> None:
+    there, _ = world(Layout(PLAIN))
+    there.called = Roll(frozenset({OTHER, ANYBODY}), frozenset())
+    assert isinstance(reduce(reduction_of(there), there, [ANYBODY, OTHER]), Reduced)
+    there.called = Roll(frozenset({OTHER}), frozenset({ANYBODY}))
+    assert reduce(reduction_of(there), there, [ANYBODY, OTHER]) is None
+
+
+def test_a_process_that_is_gone_is_not_waited_for_though_its_address_cannot_be_reached() -> None:
+    """Its successor answers, or is this very server, which has looked for what it left."""
+    there, _ = world(Layout(PLAIN))
+    reduction = reduction_of(there)
+    before = "10.0.0.1:1::2026-01-01-00:00:00.000.000::10001"
+    there.gone = frozenset({before})
+    assert reduce(reduction, there, [before, OTHER]) is None
+    reduction = reduction_of(there, node_id="10.0.0.1:1::2026-01-01-00:00:09.000.000::10009")
+    assert isinstance(reduce(reduction, there, [before, OTHER]), Reduced)
 
 
 class TestTerms:

@@ -795,6 +795,14 @@ class TestSeal:
         world.shared.questions[1].answer(Acceptance.FULL)
         assert result_of(late)[0] is Acceptance.FULL
 
+    def test_what_comes_later_must_not_count_even_if_redis_has_gone_back(self, world: World) -> None:
+        """After a loss of data it may say for a moment that the iteration is collecting: no sum would hold it."""
+        world.upload("a")
+        world.seal()
+        world.upload("b")
+        before, after = (question.asked[4] for question in world.shared.questions)
+        assert (before > 0, after) == (True, 0), "the quorum"
+
     def test_waits_for_the_merge(self, threaded: World) -> None:
         threaded.accepted("a", 1.0)
         threaded.accepted("b", 10.0)

@@ -35,12 +35,13 @@ if masked and masked ~= ARGV[16] then return {'changed', 0, ''} end
 local count = redis.call('HLEN', KEYS[3])
 if holder then return {'accepted', count, redis.call('HGET', KEYS[2], ARGV[4])} end
 if (attempt or '1') ~= ARGV[2] or (state or '0') ~= '0' then return {'closed', tonumber(number), ''} end
-local awaited = redis.call('HVALS', KEYS[8])
+local awaited = redis.call('HGETALL', KEYS[8])
 if #awaited > 0 then
   local time = redis.call('TIME')
   local now = time[1] * 1000 + math.floor(time[2] / 1000)
-  for _, since in ipairs(awaited) do
-    if since ~= 'back' and now - since < tonumber(ARGV[11]) then return {'awaited', 0, ''} end
+  for i = 1, #awaited, 2 do
+    local node, since = awaited[i], awaited[i + 1]
+    if node ~= '' and since ~= 'back' and now - since < tonumber(ARGV[11]) then return {'awaited', 0, ''} end
   end
 end
 local open = (phase or 'collecting') == 'collecting'

@@ -13,8 +13,10 @@ if phase == 'trained' and digest == ARGV[5] then return 1 end
 if phase ~= 'training' or aggregate ~= ARGV[4] then return 0 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-for _, since in ipairs(redis.call('HVALS', KEYS[2])) do
-  if since ~= 'back' and now - since < tonumber(ARGV[6]) then return -1 end
+local awaited = redis.call('HGETALL', KEYS[2])
+for i = 1, #awaited, 2 do
+  local node, since = awaited[i], awaited[i + 1]
+  if node ~= '' and since ~= 'back' and now - since < tonumber(ARGV[6]) then return -1 end
 end
 redis.call('HSET', KEYS[1], 'phase', 'trained', 'digest', ARGV[5])
 redis.call('PUBLISH', ARGV[1], 'trained')
