@@ -668,6 +668,18 @@ class TestAccept:
         ready.run(ready.state.nodes_are_back(run_id, "node-1", ["node-1"], second))
         assert ready.run(ready.state.roll()) == Roll(frozenset({"node-1"}), frozenset({"node-2"}))
 
+    def test_the_list_tells_all_once_it_is_older_than_a_lease(self, ready: Shared) -> None:
+        keys_ = ready.state.keys
+        ready.command("DEL", keys_.listed)  # as a loss of data does
+        assert not ready.run(ready.state.roll()).all_listed
+        ready.run(ready.state.heartbeat("server", "node-1", "10.0.0.1:6000"))
+        assert not ready.run(ready.state.roll()).all_listed
+        since = int(ready.command("GET", keys_.listed))
+        ready.command("SET", keys_.listed, since - 10_000)
+        ready.run(ready.state.heartbeat("server", "node-1", "10.0.0.1:6000"))
+        assert ready.run(ready.state.roll()).all_listed
+        assert int(ready.command("TTL", keys_.listed)) > 10
+
     def test_updates_do_not_wait_for_servers_that_nobody_can_name(self, ready: Shared) -> None:
         run_id = ready.state.redis.run_id
         ready.run(ready.state.await_nodes(run_id, "node-1", [keys.ANYBODY]))
@@ -2118,7 +2130,7 @@ class TestNodes:
         shared.run(shared.state.heartbeat("server", "a", "addr"))
         shared.run(shared.state.leave("server", "a"))
         assert shared.run(shared.state.nodes("server")) == []
-        assert shared.names() == set()
+        assert shared.names() == {shared.state.keys.listed}
 
     def test_real_node_ids(self, shared: Shared) -> None:
         node_id = "127.0.0.1:6766::2022-11-22-10:00:00.001.002::69383"
@@ -2172,6 +2184,7 @@ class TestJob:
             f"ms_fl:{job}:i_1:hyperParams:String",
             f"ms_fl:{job}:i_1:server:Hash",
             f"ms_fl:{job}:i_1:server:heartbeat:n:String",
+            f"ms_fl:{job}:i_1:listed:String",
             f"ms_fl:{job}:i_1:worker:Hash",
             f"ms_fl:{job}:i_1:worker:heartbeat:w:String",
             f"ms_fl:{job}:i_1:waiting:ZSet",

@@ -128,6 +128,7 @@ class SharedState:
         self.given_up: set[str] = set()
         self.leases: dict[str, float] = {}
         self.completed: dict[int, float] = {}
+        self.listed: float | None = None  # since when servers have been on the list
         self.awaited: dict[int, dict[str, float]] = {}  # run of Redis -> who is awaited, since when
         # of cipher rounds, by iteration: how many requests since when, and what was gathered, by client
         self.rounds: dict[int, dict[str, tuple[int, float]]] = {}
@@ -295,15 +296,17 @@ class SharedState:
         known.update(dict.fromkeys(nodes, float("-inf")))
         return True
 
-    def roll(self, run: int) -> tuple[set[str], set[str]]:
-        """read_awaited.lua: who is back, and who is awaited."""
+    def roll(self, run: int) -> tuple[set[str], set[str], bool]:
+        """read_awaited.lua: who is back, who is awaited, and whether all are on the list."""
         known = self.awaited.get(run, {})
         back = {node for node, since in known.items() if since == float("-inf")}
-        return back, {node for node, since in known.items() if self.clock() - since < DOUBT_S}
+        awaited = {node for node, since in known.items() if self.clock() - since < DOUBT_S}
+        return back, awaited, self.listed is not None and self.clock() - self.listed >= HEARTBEAT_TTL_S
 
     # ---- members and ledgers
 
     def heartbeat(self, node_id: str) -> None:
+        self.listed = self.clock() if self.listed is None else self.listed
         self.leases[node_id] = self.clock() + self.lease
 
     def leave(self, node_id: str) -> None:

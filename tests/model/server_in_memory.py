@@ -374,12 +374,12 @@ class RecordedStore(Store):
         nodes = self.awaited.get(key, {})
         return any(node and self.clock() - since < ms for node, since in nodes.items())
 
-    def _read_awaited(
-        self, state: SharedState, keys: Sequence[str], words: Sequence[Any]
-    ) -> list[list[bytes]]:
+    def _read_awaited(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
         nodes = self.awaited.get(keys[0], {})
         back = [node.encode() for node, since in nodes.items() if since == _BACK]
-        return [back, [node.encode() for node, since in nodes.items() if self.clock() - since < words[0]]]
+        awaited = [node.encode() for node, since in nodes.items() if self.clock() - since < words[0]]
+        listed = state.listed is not None and self.clock() - state.listed >= words[1]
+        return [back, awaited, int(listed)]
 
     def _await_nodes(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> bytes:
         known = self.awaited.setdefault(keys[0], {})

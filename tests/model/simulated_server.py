@@ -1243,8 +1243,8 @@ class Server:
         adopted = await self.adopt(instance, self.epoch())
         run, told = self.run_of_conn, self.inherited if adopted else set()
         if ANYBODY in self.missed or self.world.now - self.born < 2 * DOUBT_S:
-            back, awaited = await self.ask("roll", instance, run)
-            if ANYBODY in back and self.world.now - self.lost_at >= HOLD_OFF_S:
+            back, awaited, all_listed = await self.ask("roll", instance, run)
+            if (all_listed or ANYBODY in back) and self.world.now - self.lost_at >= HOLD_OFF_S:
                 self.missed.pop(ANYBODY, None)
                 self.unlisted.discard(ANYBODY)
                 self.missed.update(dict.fromkeys(awaited - self.missed.keys(), 0.0))
@@ -1420,7 +1420,7 @@ class Server:
 
     async def is_told(self, instance: str, now: Iteration, own: Partial | None) -> bool:
         """Reduction._is_told"""
-        back, awaited = await self.ask("roll", instance, self.run_of_conn)
+        back, awaited, _ = await self.ask("roll", instance, self.run_of_conn)
         if awaited or not back:
             return False
         before = await self.ask("count_by_ledger", instance, now.number)
@@ -1428,7 +1428,7 @@ class Server:
         found, silent = await self.find(instance, now, own, living)
         counted = await self.ask("count_by_ledger", instance, now.number)
         uncounted = {i for i, (partial, _) in found.items() if partial.updates} - counted.keys()
-        back, awaited = await self.ask("roll", instance, self.run_of_conn)
+        back, awaited, _ = await self.ask("roll", instance, self.run_of_conn)
         return counted == before and not uncounted and not silent - {ANYBODY} and back and not awaited
 
     def is_short(self, attempt: tuple[str, int, int]) -> bool:

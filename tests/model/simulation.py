@@ -445,7 +445,7 @@ class Simulation(Agenda):
         others = [s for s in self.servers.values() if s.instance == server.instance and not s.paused]
         witnesses = {s.name for s in others if s.joined_at < self.forgot_at}
         late = self.now - self.forgot_at >= DOUBT_S
-        back, _ = self.store.at(server.instance).roll(self.store.run)
+        back, _, _ = self.store.at(server.instance).roll(self.store.run)
         return server.name in witnesses and not late and bool(witnesses - back)
 
     def excuse(self, key: tuple[str, int], client: str, ledger_id: str, base: str) -> str:

@@ -191,8 +191,10 @@ class Memory:
         self._saw_at = now
 
     def called(self, roll: Roll) -> None:
-        """Take note of who was called, just after a look at the list: if that was everybody, there are no others."""
-        if ANYBODY in roll.back and self._reactor.seconds() - self._lost_at >= HOLD_OFF_S:
+        """Take note of who was called, just after a look at the list; maybe there can be no others than on the two."""
+        if (
+            roll.all_listed or ANYBODY in roll.back
+        ) and self._reactor.seconds() - self._lost_at >= HOLD_OFF_S:
             self._missed.pop(ANYBODY, None)
             self._unlisted.discard(ANYBODY)
             self._missed.update(dict.fromkeys(roll.awaited - self._missed.keys(), 0.0))

@@ -109,16 +109,18 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Roll:
-    """Who has answered the call to bring back what Redis has forgotten; all empty if no loss is known.
+    """Who has answered the call to bring back what Redis has forgotten; both empty if no loss is known.
 
     Attributes:
         back: servers that have done so, by themselves or through those who took over their ledgers. ANYBODY is back
             once a server has called the others that knows them all.
         awaited: servers that may still do so, maybe ANYBODY.
+        all_listed: whether all servers that lived lately are on the list of the living: it was not emptied.
     """
 
     back: frozenset[str]
     awaited: frozenset[str]
+    all_listed: bool = False
 
     @property
     def complete(self) -> bool:
@@ -342,10 +344,14 @@ class ClusterState:
 
     async def roll(self) -> Roll:
         """Return who has brought back what this Redis had forgotten, and who may still do so, for DOUBT_S."""
-        back, awaited = await self.redis.script(
-            "read_awaited", [self.keys.awaited(self.redis.run_id)], [int(keys.DOUBT_S * 1000)]
+        names = [self.keys.awaited(self.redis.run_id), self.keys.listed]
+        arguments: list[Argument] = [int(keys.DOUBT_S * 1000), keys.HEARTBEAT_TTL_S * 1000]
+        back, awaited, all_listed = await self.redis.script("read_awaited", names, arguments)
+        return Roll(
+            frozenset(node.decode() for node in back),
+            frozenset(node.decode() for node in awaited),
+            bool(all_listed),
         )
-        return Roll(*(frozenset(node.decode() for node in nodes) for nodes in (back, awaited)))
 
     async def select_client(
         self, number: int, fl_id: str, meta: ClientMeta, *, places: int, fit: bool, reserve: Reserve
@@ -758,6 +764,7 @@ class ClusterState:
             keys.instance_name(self.keys.fl_name),
             self.keys.status,
             self.keys.hyper_params,
+            self.keys.listed,
         ]
         await self.redis.script("heartbeat", names, [node_id, address, keys.HEARTBEAT_TTL_S, self._job_ttl])
 

@@ -28,6 +28,7 @@
     I masked:Hash                                   hash    iteration  client -> digest of the masked update it has sent
     P {run}:awaited:Hash                            hash    1 h        node id -> since when (ms) it may bring back what
                                                                        the Redis of this run id has lost, or "back"
+    P listed:String                                 string  job        since when (ms) servers have been on the list
     ms_fl:{fl}:signatures:{client}:String           string  see below  signatures that a client has used, where devices
                                                                        must sign; use_signature.lua
     ms_fl:{fl}:changes                              channel -          a word when others should look; scripts
@@ -155,6 +156,11 @@ class InstanceKeys:
     def awaited(self, run_id: str) -> str:
         """Servers that may bring back what the Redis with this run id has forgotten."""
         return f"{self.prefix}{run_id}:awaited:Hash"
+
+    @property
+    def listed(self) -> str:
+        """Since when servers have been on the list of the living: it goes with them when Redis is emptied."""
+        return f"{self.prefix}listed:String"
 
     def nodes(self, role: str) -> str:
         """Nodes of a role (``server`` or ``worker``)."""

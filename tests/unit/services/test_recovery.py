@@ -436,6 +436,15 @@ class TestClocks:
         memory.begin_doubt(["a"])
         assert memory.in_doubt([]) == ["a", "cut off"]
 
+    def test_so_does_one_that_finds_a_list_that_is_older_than_a_lease(self) -> None:
+        """As after an ordinary restart: Redis was emptied by nobody."""
+        memory = Memory(task.Clock())
+        memory.begin_instance()
+        memory.saw(["a"])
+        memory.called(Roll(frozenset(), frozenset(), all_listed=True))
+        memory.begin_doubt([])
+        assert memory.in_doubt([]) == ["a"]
+
     def test_not_all_are_on_a_list_that_was_just_emptied(self) -> None:
         clock = task.Clock()
         memory = Memory(clock)

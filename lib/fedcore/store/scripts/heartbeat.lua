@@ -1,8 +1,10 @@
 -- Say that a node lives, and renew what must not expire while it does.
--- KEYS: nodes hash, heartbeat key, instance name, status hash, hyper-parameters
+-- KEYS: nodes hash, heartbeat key, instance name, status hash, hyper-parameters, listed
 -- ARGV: node id, address, lifetime of the heartbeat, lifetime of the job's keys in seconds
 -- Returns 1.
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[3])
-for _, key in ipairs({KEYS[1], KEYS[3], KEYS[4], KEYS[5]}) do redis.call('EXPIRE', key, ARGV[4]) end
+local time = redis.call('TIME')
+redis.call('SET', KEYS[6], time[1] * 1000 + math.floor(time[2] / 1000), 'NX')
+for _, key in ipairs({KEYS[1], KEYS[3], KEYS[4], KEYS[5], KEYS[6]}) do redis.call('EXPIRE', key, ARGV[4]) end
 return 1

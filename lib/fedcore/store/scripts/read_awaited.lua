@@ -1,6 +1,7 @@
 -- Tell who has brought back what this Redis had forgotten, and who may still do so.
--- KEYS[1] awaited hash of this Redis   ARGV[1] milliseconds to wait for others
--- Returns {node ids that are back, node ids that are awaited}; both are empty if no loss is known.
+-- KEYS: awaited hash of this Redis, listed   ARGV: milliseconds to wait for others, milliseconds that a lease lasts
+-- Returns {node ids that are back, node ids that are awaited, 1 if all who lived lately are on the list}; the first two
+-- are empty if no loss is known. The list tells all if it has not been emptied for as long as a lease lasts.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local back, awaited = {}, {}
@@ -12,4 +13,5 @@ for i = 1, #nodes, 2 do
     awaited[#awaited + 1] = nodes[i]
   end
 end
-return {back, awaited}
+local listed = redis.call('GET', KEYS[2])
+return {back, awaited, listed and now - listed >= tonumber(ARGV[2]) and 1 or 0}
