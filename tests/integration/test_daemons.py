@@ -101,11 +101,12 @@ class TestServerOptions:
         assert "--model FILE" in done.stderr
 
     def test_what_this_version_cannot_serve_exits_with_78(self, cluster: Cluster) -> None:
-        protection = "encrypt:\n  encrypt_type: SIGNDS\n"
+        protection = "encrypt:\n  encrypt_type: STABLE_PW_ENCRYPT\n  pw_encrypt:\n    share_secrets_ratio: 1.0\n"
+        protection += "    cipher_time_window: 300000\n    reconstruct_secrets_threshold: 1\n"
         cluster.yaml.write_text(cluster.yaml.read_text() + protection)
         done = run(cluster, "serverd", "--yaml-config", str(cluster.yaml))
         assert done.returncode == 78
-        assert "encrypt.encrypt_type is SIGNDS, which this version cannot serve yet" in done.stderr
+        assert "set server_mode to CLOUD_TRAINING, or another encrypt_type" in done.stderr
 
     @pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:0", "127.0.0.1:70000", ":6666"])
     def test_a_bad_address_has_the_originals_text(self, cluster: Cluster, address: str) -> None:

@@ -120,7 +120,8 @@ def test_faults_of_the_configuration_are_told_once_for_all_roles(cluster: Cluste
 
 
 def test_what_one_daemon_cannot_serve(cluster: Cluster) -> None:
-    change(cluster, encrypt={"encrypt_type": "SIGNDS"})
+    asked = {"share_secrets_ratio": 1.0, "cipher_time_window": 300000, "reconstruct_secrets_threshold": 1}
+    change(cluster, encrypt={"encrypt_type": "STABLE_PW_ENCRYPT", "pw_encrypt": asked})
     report = examine(cluster)
     assert [level for level, *_ in report.of("configuration")] == ["failed", "ok"]
     assert report.of("configuration")[1][1].endswith("is good for scheduler")
