@@ -101,7 +101,9 @@ class TestServerOptions:
         assert "--model FILE" in done.stderr
 
     def test_what_this_version_cannot_serve_exits_with_78(self, cluster: Cluster) -> None:
-        protection = "encrypt:\n  encrypt_type: STABLE_PW_ENCRYPT\n  pw_encrypt:\n    share_secrets_ratio: 1.0\n"
+        protection = (
+            "encrypt:\n  encrypt_type: STABLE_PW_ENCRYPT\n  pw_encrypt:\n    share_secrets_ratio: 1.0\n"
+        )
         protection += "    cipher_time_window: 300000\n    reconstruct_secrets_threshold: 1\n"
         cluster.yaml.write_text(cluster.yaml.read_text() + protection)
         done = run(cluster, "serverd", "--yaml-config", str(cluster.yaml))
