@@ -18,10 +18,11 @@ EXTENSION = "fedcore/compression/_mask.abi3.so"
 WITHOUT_COMPILER = {"CC": "/nonexistent/cc"}
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
     """What a wheel is made of, and nothing that was built before."""
-    tree = tmp_path_factory.mktemp("tree")
+    tree = tmp_path / "tree"
+    tree.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tree)
     for name in ("lib", "daemons", "examples"):

@@ -1356,10 +1356,11 @@ class Server:
     def begin_doubt(self) -> None:
         """Memory.begin_doubt"""
         now = self.lost_at = self.world.now
+        away = now - self.saw_at > LOOK_S
         self.doubt_until = now + DOUBT_S
         self.unlisted = set()
         for peer, missed in self.missed.items():
-            lived = now - missed
+            lived = now if away and peer != ANYBODY else now - missed
             self.others_before[peer] = max(lived, self.others_before.get(peer, lived))
         self.others_before.update(dict.fromkeys(self.others, now))
 

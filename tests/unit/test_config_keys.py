@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fedcore.config import KEYS, Address, LoadedSettings, Role, load_settings
-from fedcore.config.settings import LogLevel, NormAction, RedisTls, SumDevice
+from fedcore.config.settings import LogLevel, MaskLayout, NormAction, RedisTls, SumDevice
 from fedcore.errors import ConfigError
 from fedcore.pki.clients import ClientCertificates
 
@@ -150,9 +150,11 @@ TABLE: list[tuple[str, str, Any, Any]] = [
     ("fedcore.update.norm_bound", "float", ">=0.000000", 0.0),
     ("fedcore.update.norm_action", "str", ["refuse", "clip", "count"], NormAction.REFUSE),
     ("fedcore.update.max_data_size", "int", "[1,65535]", 65535),
+    ("fedcore.update.unsigned_signds", "bool", None, True),
     ("fedcore.ledger.memory_budget", "size", "[1048576,1125899906842624]", 1 << 30),
     ("fedcore.ledger.fsync", "bool", None, False),
     ("fedcore.aggregation.device", "str", ["auto", "cpu", "cuda"], SumDevice.CPU),
+    ("fedcore.secure_aggregation.mask_layout", "str", ["contiguous", "per_layer"], MaskLayout.CONTIGUOUS),
     ("fedcore.log.level", "str", ["debug", "info", "warn", "error"], LogLevel.INFO),
 ]
 SERVER_ONLY = ("round.", "summary.", "unsupervised.", "encrypt.", "compression.", "client_verify.", "client.")

@@ -203,13 +203,15 @@ class Memory:
         """From now on Redis may not know yet what the others know, for DOUBT_S.
 
         A Redis that was emptied lists nobody at first: those that it listed lately count, too, but only for what is
-        left of DOUBT_S since it listed them. Else one that is gone would be waited for anew after each loss.
+        left of DOUBT_S since it listed them. Else one that is gone would be waited for anew after each loss. But while
+        this server did not look, others may have come back to the list that was lost.
         """
         now = self._lost_at = self._reactor.seconds()
+        away = now - self._saw_at > LOOK_S
         self._doubt_until = now + DOUBT_S
         self._unlisted = set()
         for peer, missed in self._missed.items():
-            lived = now - missed
+            lived = now if away and peer != ANYBODY else now - missed
             self._others_before[peer] = max(lived, self._others_before.get(peer, lived))
         self._others_before.update(dict.fromkeys(others, now))
 

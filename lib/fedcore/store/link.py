@@ -39,7 +39,7 @@ _CLOSE_S = 1.0  # then a peer that does not answer our goodbye is left alone
 RIGHTS = (
     "resetkeys ~ms_fl:* resetchannels &ms_fl:* -@all +ping +select +info +wait +script|load +eval +evalsha +time "
     "+exists +expire +pexpire +pttl +del +get +set +hget +hset +hsetnx +hincrby +hdel "
-    "+hgetall +hexists +hlen +hmget +hvals "
+    "+hgetall +hexists +hkeys +hlen +hmget +hvals +append +unlink "
     "+zadd +zcard +zcount +zpopmin +zrem +zremrangebyscore +zscore +publish +subscribe +unsubscribe"
 )
 

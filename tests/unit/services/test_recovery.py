@@ -18,7 +18,17 @@ from twisted.logger import globalLogPublisher
 from fedcore.config import Settings
 from fedcore.core.iteration import Iteration, Phase
 from fedcore.ledger.layout import Epoch
-from fedcore.services.recovery import DOUBT_S, JUMP_S, LIST_S, Memory, Moment, Recovery, bring_back, placed
+from fedcore.services.recovery import (
+    DOUBT_S,
+    JUMP_S,
+    LIST_S,
+    LOOK_S,
+    Memory,
+    Moment,
+    Recovery,
+    bring_back,
+    placed,
+)
 from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Raised, Roll, Snapshot
 from fedcore.store.keys import ANYBODY
 from fedcore.wire.arrays import Layout
@@ -390,6 +400,18 @@ class TestClocks:
                 memory.saw(["there"])
             memory.begin_doubt(["there"])
         assert memory.in_doubt([]) == ["there"], "24 s after it was listed last, half of them told"
+
+    def test_others_may_have_come_back_while_it_did_not_look(self) -> None:
+        clock = task.Clock()
+        memory = Memory(clock)
+        memory.saw(["other"])
+        for _ in range(8):
+            clock.advance(1)
+            memory.saw([])
+        clock.advance(LOOK_S + 0.1)  # cut off, and Redis is emptied meanwhile
+        memory.begin_doubt([])
+        clock.advance(DOUBT_S - 0.1)
+        assert memory.in_doubt([]) == ["other"]
 
     def test_a_list_that_was_just_emptied_tells_of_nobody_that_it_is_gone(self) -> None:
         clock = task.Clock()
