@@ -361,7 +361,7 @@ class RecordedStore(Store):
         return int(state.rounds.pop(int(words[0]), None) is not None)
 
     def _rebase(self, state: RecordedState, keys: Sequence[str], words: Sequence[Any]) -> bytes:
-        _, number, before, after, _, result, finishes = words
+        _, number, before, after, _, result, finishes, _ = words
         return state.rebase(number, before, after, result, finishes == 1).encode()
 
     def _restore_clients(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
