@@ -772,9 +772,18 @@ class Host:
         return name
 
     def newest_model(self) -> tuple[int, ModelImage]:
-        """What a server starts from."""
+        """The newest checkpoint, or the initial model."""
         found = checkpoints.load_newest(self.checkpoints, "job")
         return (0, FIRST_MODEL) if found is None else (found.iteration, TEMPLATE.image(found.model.weights))
+
+    def models(self) -> ModelHistory:
+        """What a server starts from: the newest model, and the initial one as long as that is the one before it."""
+        iteration, newest = self.newest_model()
+        if iteration != 1:
+            return ModelHistory(iteration, newest)
+        both = ModelHistory(0, FIRST_MODEL)
+        both.add(1, newest)
+        return both
 
 
 @contextmanager
@@ -846,7 +855,7 @@ class Server:
         self.ledger_dir = host.ledgers_of(f"process-{start}")
         redis: Any = self.redis
         client: Any = NodeStandIn(node_id, network, reactor)
-        history = ModelHistory(*host.newest_model())
+        history = host.models()
         peers = Peers(client)
         shape = ledger_shape(settings, LAYOUT)
         self.ledgers = Ledgers(self.ledger_dir, LAYOUT, shape, False, reactor)

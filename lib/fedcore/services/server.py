@@ -131,12 +131,13 @@ class Server:
         self._callback = callback
         self._reactor = reactor
         self._redis = redis
-        newest, model = _find_model(settings.fl_name, options)
-        rule = settings.aggregation
-        model = with_kept(model, rule_named(rule.aggregation_type.value, rule.total_client_num))
+        newest, model, initial = _find_model(settings.fl_name, options)
+        named = settings.aggregation
+        rule = rule_named(named.aggregation_type.value, named.total_client_num)
+        model = with_kept(model, rule)
         layout = Layout.of(model.weights, model.not_aggregated)
         template = ImageTemplate(layout)
-        history = ModelHistory(newest, template.image(model.weights))
+        history = _history(newest, model, None if initial is None else with_kept(initial, rule), template)
         device = settings.fedcore.device
         address = Address(options.tcp_ip or _address_towards(settings), options.tcp_port)
         node_id = f"{address}::{_stamp()}::{random.SystemRandom().randint(10000, 99999)}"
@@ -383,8 +384,22 @@ def check_writable(folder: Path) -> None:
         )
 
 
-def _find_model(fl_name: str, options: ServerOptions) -> tuple[int, ModelFile]:
-    """Return the newest checkpoint and its iteration, or the initial model as that of iteration 0.
+def _history(
+    newest: int, model: ModelFile, initial: ModelFile | None, template: ImageTemplate
+) -> ModelHistory:
+    """Return the newest model, after the initial one if the first iteration may not be over yet."""
+    image = template.image(model.weights)
+    # Somebody may have put another model there meanwhile.
+    fits = initial is not None and Layout.of(initial.weights, initial.not_aggregated) == template.layout
+    if newest != 1 or initial is None or not fits:
+        return ModelHistory(newest, image)
+    history = ModelHistory(0, template.image(initial.weights))
+    history.add(newest, image)
+    return history
+
+
+def _find_model(fl_name: str, options: ServerOptions) -> tuple[int, ModelFile, ModelFile | None]:
+    """Return the newest iteration and its checkpoint, or the initial model as that of iteration 0; and the initial one.
 
     A MindSpore checkpoint does not say which weights are aggregated; the initial model does, if there is one.
     """
@@ -394,13 +409,13 @@ def _find_model(fl_name: str, options: ServerOptions) -> tuple[int, ModelFile]:
         model = checkpoint.model
         if checkpoint.path.suffix == ".ckpt" and initial is not None:
             model = replace(model, not_aggregated=initial.not_aggregated & model.weights.keys())
-        return checkpoint.iteration, model
+        return checkpoint.iteration, model, initial
     if initial is None:
         raise ConfigError(
             f"there is no model to serve: no checkpoint of {fl_name} in {options.checkpoint_dir}",
             hint="give the initial weights with --model FILE or fedcore.server.model",
         )
-    return 0, initial
+    return 0, initial, initial
 
 
 def _address_towards(settings: Settings) -> str:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedcore.core.iteration import CipherRound, Iteration, Phase, Policy
 from fedcore.core.job import RunningState
 from fedcore.errors import ConfigError
-from fedcore.services.server import ServerOptions, check_writable, course_of, size_of_models
+from fedcore.models.formats import ModelFile
+from fedcore.services.server import ServerOptions, _history, check_writable, course_of, size_of_models
+from fedcore.wire.arrays import Layout
+from fedcore.wire.image import ImageTemplate
 
 POLICY = Policy(10, 8, 1.0, 1.0, 1.0, last_iteration=20, cipher_rounds=(("reconstructSecrets", 5),))
 
@@ -57,3 +61,22 @@ def test_what_may_have_to_be_read_is_measured(tmp_path: Path) -> None:
     for path, size in ((model, 1), (folder / "job_1", 2), (folder / "job_2", 4), (folder / "other_1", 8)):
         path.write_bytes(b"x" * size)
     assert size_of_models("job", ServerOptions(folder, model, folder, "", 0)) == 7
+
+
+@pytest.mark.parametrize(
+    ("newest", "fits", "kept"), [(1, True, [0, 1]), (2, True, [2]), (1, False, [1]), (0, True, [0])]
+)
+def test_the_initial_model_is_at_hand_while_the_first_iteration_may_not_be_over(
+    newest: int, fits: bool, kept: list[int]
+) -> None:
+    """A server that is killed while it publishes model 1 has its checkpoint, and Redis is in iteration 1 still."""
+
+    def model(value: float, size: int = 2) -> ModelFile:
+        return ModelFile({"a": np.full(size, value, np.float32)}, frozenset())
+
+    newer, initial = model(1.0), model(0.0, 2 if fits else 3)
+    template = ImageTemplate(Layout.of(newer.weights, newer.not_aggregated))
+    history = _history(newest, newer, initial, template)
+    assert [number for number in range(3) if history.get(number) is not None] == kept
+    assert history.newest_image.arrays["a"].tolist() == [1.0, 1.0]
+    assert _history(newest, newer, None, template).newest == newest
