@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 
 JUMP_S = 2.0  # by so much Redis' clock may differ from one look to the next; more, and it was set
 LOOK_S = 2.0  # of the time since the look before, one look tells at most so much; there is one a second
-LIST_S = (
-    HEARTBEAT_TTL_S - LOOK_S
-)  # who came and went between two looks is on the list, unless there was more time
+# Who came and went between two looks is on the list still, unless there was more time between them.
+LIST_S = HEARTBEAT_TTL_S - LOOK_S
 _SAME_S = 0.0005  # half of the unit in which Redis holds moments
 log = Logger()
 
@@ -192,9 +191,8 @@ class Memory:
 
     def called(self, roll: Roll) -> None:
         """Take note of who was called, just after a look at the list; maybe there can be no others than on the two."""
-        if (
-            roll.all_listed or ANYBODY in roll.back
-        ) and self._reactor.seconds() - self._lost_at >= HOLD_OFF_S:
+        all_known = roll.all_listed or ANYBODY in roll.back
+        if all_known and self._reactor.seconds() - self._lost_at >= HOLD_OFF_S:
             self._missed.pop(ANYBODY, None)
             self._unlisted.discard(ANYBODY)
             self._missed.update(dict.fromkeys(roll.awaited - self._missed.keys(), 0.0))
