@@ -1,8 +1,8 @@
 """Builds the wheel: the library packages under lib/, the daemons as fldaemons, the examples as fedexamples.
 
-One small extension in C makes DIFF_SPARSE_QUANT fast (fedcore.compression.mask, which does without it). Where it can
-be compiled, the wheel is good for every CPython from 3.11 on of this machine's kind; where it cannot, or with
-FEDCORE_PURE=1, the wheel is without it and good everywhere.
+Two small extensions in C make DIFF_SPARSE_QUANT and PW_ENCRYPT fast (fedcore.compression.mask, fedcore.secagg.masks;
+both do without). Where they can be compiled, the wheel is good for every CPython from 3.11 on of this machine's kind;
+where they cannot, or with FEDCORE_PURE=1, the wheel is without them and good everywhere.
 """
 
 import os
@@ -16,14 +16,25 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "lib/fedcore/__init__.py").read_text())
-MASK = Extension(
-    "fedcore.compression._mask",
-    ["lib/fedcore/compression/_mask.c"],
-    py_limited_api=True,
-    optional=True,
-    # no debug information: it names the folder that was built in, and equal sources shall give equal wheels
-    extra_compile_args=["-O2", "-g0"],
-)
+
+
+def extension(module, source, optimisation):
+    """Describe an extension that is left out where it cannot be compiled."""
+    return Extension(
+        module,
+        [source],
+        py_limited_api=True,
+        optional=True,
+        # no debug information: it names the folder that was built in, and equal sources shall give equal wheels
+        extra_compile_args=[optimisation, "-g0"],
+    )
+
+
+EXTENSIONS = [
+    extension("fedcore.compression._mask", "lib/fedcore/compression/_mask.c", "-O2"),
+    # the third level makes vectors of its loops
+    extension("fedcore.secagg._stream", "lib/fedcore/secagg/_stream.c", "-O3"),
+]
 
 
 class Wheel(bdist_wheel):
@@ -42,7 +53,7 @@ class Wheel(bdist_wheel):
             attempt.build_lib = attempt.build_temp = folder
             attempt.ensure_finalized()
             attempt.run()
-            return any(Path(folder).rglob("_mask*.so"))
+            return any(Path(folder).rglob("*.so"))
 
 
 setup(
@@ -55,10 +66,10 @@ setup(
     packages=[*find_packages("lib"), "fldaemons", "fedexamples"],
     package_dir={"": "lib", "fldaemons": "daemons", "fedexamples": "examples"},
     package_data={
-        "fedcore": ["py.typed", "wire/schema/*.fbs", "store/scripts/*.lua", "compression/_mask.pyi"],
+        "fedcore": ["py.typed", "wire/schema/*.fbs", "store/scripts/*.lua", "*/_*.pyi"],
         "fedclient": ["py.typed"],
     },
-    ext_modules=[] if os.environ.get("FEDCORE_PURE") else [MASK],
+    ext_modules=[] if os.environ.get("FEDCORE_PURE") else EXTENSIONS,
     cmdclass={"bdist_wheel": Wheel},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
     install_requires=[

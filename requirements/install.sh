@@ -74,12 +74,12 @@ for list in "$@"; do
         mark "$list" "requirements/$list"
     fi
 done
-project="setup.py lib/fedcore/__init__.py lib/fedcore/compression/_mask.c"
+project="setup.py lib/fedcore/__init__.py lib/fedcore/compression/_mask.c lib/fedcore/secagg/_stream.c"
 if ! is_marked project $project; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
     mark project $project
-    if ! .venv/bin/python -c 'import fedcore.compression._mask' 2>/dev/null; then
-        echo "without a C compiler and Python.h: DIFF_SPARSE_QUANT is slower than it could be (to change that:" >&2
+    if ! .venv/bin/python -c 'import fedcore.compression._mask, fedcore.secagg._stream' 2>/dev/null; then
+        echo "without a C compiler and Python.h: DIFF_SPARSE_QUANT and PW_ENCRYPT are slower than they could be (to change that:" >&2
         echo "apt-get install gcc python3-dev; rm .venv/.project; and the same command again)" >&2
     fi
 fi

@@ -9,12 +9,13 @@ its own stream last. Ids are compared by code points, as UTF-8 compares bytewise
 for ids beyond the basic plane.
 
 Streams are made and added in blocks that stay in the cache, into what the caller gives: nothing of a model's size is
-made. All of it but a few microseconds per block runs without the interpreter's lock.
+made. All of it but a few microseconds per block runs without the interpreter's lock. What is added is made in one pass
+in C (``_stream.c``, built where there is a compiler), or in three of NumPy, to the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
@@ -28,10 +29,11 @@ from fedcore.secagg import keys
 from fedcore.secagg.keys import BadKey
 
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+_Add = Callable[[Floats, bytearray, int], None]
 
 IV_BYTES = 16
 SCALE = np.float32(2.0**-31)  # the original divides by float32(2**31 - 1), which is 2**31
-_BLOCK = 1 << 15  # floats: 128 KiB of stream, as much of floats, and the sums fit into the second cache
+_BLOCK = 1 << 15  # floats: 128 KiB of zeros, of stream and of sums fit into the second cache
 _ZEROS = bytes(4 * _BLOCK)
 _WORDS_IN_AES_BLOCK = 4
 
@@ -202,7 +204,7 @@ def add_stream(into: Floats, key: bytes, iv: bytes, sign: int, start: int = 0) -
     """Add a stream to floats, or take it off.
 
     Args:
-        into: float32 or float64; what is added is rounded to float32 first, in both cases.
+        into: float32 or float64, one behind the other; what is added is rounded to float32 first, in both cases.
         key: 32 bytes.
         iv: initial counter, 16 bytes, big-endian.
         sign: 1 or -1.
@@ -217,20 +219,29 @@ def add_stream(into: Floats, key: bytes, iv: bytes, sign: int, start: int = 0) -
     if start < 0 or start % _WORDS_IN_AES_BLOCK or sign not in {1, -1}:
         raise ValueError(f"a stream starts at a multiple of 4, not {start}, and has a sign, not {sign}")
     cipher = Cipher(AES256(key), CTR(_counter(iv, start // _WORDS_IN_AES_BLOCK))).encryptor()
-    most = min(_BLOCK, len(into))
-    stream, floats = bytearray(4 * most), np.empty(most, np.float32)
-    words = np.frombuffer(stream, "<i4")
-    scale = SCALE * np.float32(sign)
+    stream = bytearray(4 * min(_BLOCK, len(into)))
     for at in range(0, len(into), _BLOCK):
         part = into[at : at + _BLOCK]
-        count = len(part)
-        cipher.update_into(memoryview(_ZEROS)[: 4 * count], stream)
-        values = floats[:count]
-        np.copyto(values, words[:count], casting="unsafe")  # rounds to float32, as the original does
-        np.multiply(values, scale, out=values)  # exact: a power of two
-        np.add(part, values, out=part)
+        cipher.update_into(memoryview(_ZEROS)[: 4 * len(part)], stream)
+        _add(part, stream, sign)
+
+
+def add_plainly(into: Floats, stream: bytearray, sign: int) -> None:
+    """Add a piece of a stream to as many floats without the C extension: the same bytes, later."""
+    values = np.frombuffer(stream, "<i4", len(into)).astype(np.float32)  # rounds, as the original does
+    values *= SCALE * np.float32(sign)  # exact: a power of two
+    np.add(into, values, out=into)
 
 
 def _counter(iv: bytes, blocks: int) -> bytes:
     """Return the counter that a stream has reached after so many blocks of 16 bytes."""
     return ((int.from_bytes(iv, "big") + blocks) % (1 << 128)).to_bytes(IV_BYTES, "big")
+
+
+_add: _Add = add_plainly
+try:
+    from fedcore.secagg._stream import add as _add
+except ImportError:
+    COMPILED = False
+else:
+    COMPILED = True

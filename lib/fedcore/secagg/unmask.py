@@ -34,7 +34,7 @@ Report = Mapping[str, tuple[bytes, int]]
 Run = Callable[..., Iterable[Any]]  # as ``map``: a function and what it is called with, one by one
 
 _SURPLUS = 8  # shares beyond t that are compared at first; all of them only if these contradict each other
-_RANGE = 1 << 18  # floats of the noise that are made in one piece: 2 MiB
+_RANGE = 1 << 17  # floats of the noise that are made in one piece: 1 MiB, which stays in the second cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from unit.secagg.vectors import VECTORS, H
 
@@ -22,6 +25,16 @@ from fedcore.secagg.masks import Layout, Member, Stream
 CLIENT = VECTORS["client"]
 KEY, IV = bytes(range(32)), bytes(range(16))
 BLOCK = 1 << 15  # floats that are made at once
+
+needs_c = pytest.mark.skipif(not masks.COMPILED, reason="the C extension could not be built here")
+
+
+@pytest.fixture(params=[pytest.param("c", marks=needs_c), "plain"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of adding: what a test says holds with and without the extension."""
+    if request.param == "plain":
+        monkeypatch.setattr(masks, "_add", masks.add_plainly)
+    return str(request.param)
 
 
 def floats(hexes: list[str]) -> Any:
@@ -43,14 +56,14 @@ def members() -> dict[str, Member]:
     return known
 
 
-def test_a_stream_is_the_originals() -> None:
+def test_a_stream_is_the_originals(way: str) -> None:
     known = VECTORS["stream"]
     into = np.zeros(8, np.float32)
     masks.add_stream(into, H(known["key"]), H(known["iv"]), 1)
     assert into.tobytes() == floats(known["floats"]).tobytes()
 
 
-def test_a_client_of_the_original_makes_the_same_mask() -> None:
+def test_a_client_of_the_original_makes_the_same_mask(way: str) -> None:
     private = H(CLIENT["keys"]["bob"]["s_private"])
     sources = CLIENT["sources"]
     mask = masks.client_mask("bob", private, H(CLIENT["b"]), members(), sources, 6)
@@ -60,7 +73,9 @@ def test_a_client_of_the_original_makes_the_same_mask() -> None:
     assert np.allclose(mask, pairs, rtol=0, atol=2.0**-22)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)  # a way stays
 @given(
     size=st.integers(0, 2 * BLOCK + 5),
     start=st.integers(0, BLOCK).map(lambda blocks: 4 * blocks),
@@ -69,7 +84,7 @@ def test_a_client_of_the_original_makes_the_same_mask() -> None:
     iv=st.one_of(st.binary(min_size=16, max_size=16), st.just(b"\xff" * 16), st.just(b"\xff" * 15 + b"\xfe")),
 )
 def test_a_stream_in_blocks_from_anywhere_is_a_part_of_the_whole(
-    size: int, start: int, sign: int, double: bool, iv: bytes
+    way: str, size: int, start: int, sign: int, double: bool, iv: bytes
 ) -> None:
     before = np.arange(size).astype(np.float64 if double else np.float32) / 7
     into = before.copy()
@@ -78,13 +93,13 @@ def test_a_stream_in_blocks_from_anywhere_is_a_part_of_the_whole(
     assert into.tobytes() == (before + sign * whole).tobytes()
 
 
-def test_a_stream_reaches_both_ends_of_its_range() -> None:
+def test_a_stream_reaches_both_ends_of_its_range(way: str) -> None:
     into = np.zeros(1 << 16, np.float32)
     masks.add_stream(into, KEY, IV, 1)
     assert np.abs(into).max() <= 1.0 and into.max() > 0.9999 and into.min() < -0.9999
 
 
-def test_streams_are_made_in_threads_alike() -> None:
+def test_streams_are_made_in_threads_alike(way: str) -> None:
     def made(number: int) -> bytes:
         into = np.zeros(3 * BLOCK, np.float32)
         masks.add_stream(into, bytes([number]) * 32, IV, 1)
@@ -170,3 +185,97 @@ def test_a_member_whose_key_makes_no_secret_ends_the_mask() -> None:
     known = members() | {"carol": members()["carol"]._replace(s_pk=bytes(32))}
     with pytest.raises(BadKey, match="zero"):
         masks.pair_mask("bob", keys.clamp(KEY), known, ["carol"], 4)
+
+
+def test_does_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fedcore.secagg._stream", None)
+    spec = importlib.util.spec_from_file_location("masks_without_c", masks.__file__)
+    assert spec is not None and spec.loader is not None
+    without = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "masks_without_c", without)
+    spec.loader.exec_module(without)
+    into = np.zeros(9, np.float32)
+    without.add_stream(into, KEY, IV, 1)
+    assert not without.COMPILED
+    assert into.tobytes() == by_the_book(KEY, IV, 9).tobytes()
+
+
+EDGES = [0, 1, -1, 2**24, 2**24 + 1, -(2**24) - 1, 2**25 + 2, 2**31 - 1, 2**31 - 64, -(2**31), -(2**31) + 65]
+
+
+@needs_c
+class TestExtension:
+    @pytest.fixture
+    def add(self) -> Any:
+        from fedcore.secagg._stream import add
+
+        return add
+
+    @pytest.mark.parametrize("sign", [1, -1])
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    @given(
+        words=st.lists(st.one_of(st.sampled_from(EDGES), st.integers(-(2**31), 2**31 - 1)), max_size=70),
+        before=st.sampled_from([0.0, -0.0, 0.3, -1e30, 2.0**-31]),
+        shift=st.integers(0, 3),
+    )
+    @settings(max_examples=50, deadline=None)
+    def test_gives_the_same_bytes(
+        self, dtype: Any, sign: int, words: list[int], before: float, shift: int
+    ) -> None:
+        """However many, wherever they begin, whatever is rounded: all ends of vectors and ties of the rounding."""
+        from fedcore.secagg._stream import add
+
+        stream = bytearray(np.array(words, "<i4").tobytes())
+        ours, plain = np.full(len(words) + shift, before, dtype), np.full(len(words) + shift, before, dtype)
+        add(ours[shift:], stream, sign)
+        masks.add_plainly(plain[shift:], stream, sign)
+        assert ours.tobytes() == plain.tobytes()
+
+    def test_adds_as_many_as_there_are_floats(self, add: Any) -> None:
+        into = np.zeros(3, np.float32)
+        add(into, np.full(5, 2**30, "<i4").tobytes(), -1)
+        assert into.tolist() == [-0.5, -0.5, -0.5]
+
+    @pytest.mark.parametrize("dtype", [np.int32, np.float16, ">f4", np.longdouble, np.complex64])
+    def test_adds_to_floats_only(self, add: Any, dtype: Any) -> None:
+        with pytest.raises(TypeError, match="float32 or float64"):
+            add(np.zeros(4, dtype), bytes(64), 1)
+
+    @pytest.mark.parametrize("stream", [bytes(15), memoryview(bytes(24))[1:]], ids=["short", "not in place"])
+    def test_refuses_other_words(self, add: Any, stream: Any) -> None:
+        with pytest.raises(ValueError, match="a word of four bytes"):
+            add(np.zeros(4, np.float32), stream, 1)
+
+    def test_refuses_floats_that_are_not_in_place(self, add: Any) -> None:
+        with pytest.raises(TypeError, match="float32 or float64"):
+            add(memoryview(bytearray(17))[1:].cast("f"), bytes(16), 1)
+
+    def test_refuses_what_it_cannot_write_to(self, add: Any) -> None:
+        fixed = np.zeros(4, np.float32)
+        fixed.flags.writeable = False
+        for floats in (fixed, np.zeros(8, np.float32)[::2]):
+            with pytest.raises((ValueError, BufferError)):
+                add(floats, bytes(16), 1)
+        for floats in (None, "text", 7):
+            with pytest.raises(TypeError):
+                add(floats, bytes(16), 1)
+
+    def test_lets_other_threads_run(self, add: Any) -> None:
+        """This thread sees the work half done, which it could not if the other one held the interpreter."""
+        into, done = np.zeros(20_000_000, np.float32), threading.Event()
+        stream = np.full(len(into), 2**30, "<i4")
+
+        def work() -> None:
+            add(into, stream, 1)
+            done.set()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        seen = set()
+        while not done.is_set():
+            first = float(
+                into[0]
+            )  # read before the last one: in this order they differ only while there is work
+            seen.add((first, float(into[-1])))
+        thread.join()
+        assert (0.5, 0.0) in seen

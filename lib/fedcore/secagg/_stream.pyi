@@ -1,0 +1,3 @@
+from typing import Any
+
+def add(into: Any, stream: Any, sign: int, /) -> None: ...
