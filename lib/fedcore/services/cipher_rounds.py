@@ -1,4 +1,4 @@
-"""The device routes of the cipher rounds, each one function from body to answer.
+"""The device routes of the cipher rounds: one frame from body to answer, and what each round asks in it.
 
 With PW_ENCRYPT devices exchange keys and shares before they train, and afterwards help to take off the sum what is left
 of their masks; with STABLE_PW_ENCRYPT cloud workers exchange keys alone. A request passes the gate and is held as in
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from twisted.internet import defer, threads
@@ -26,6 +27,7 @@ from fedcore.core.job import RunningState
 from fedcore.errors import MalformedRequest, StoreError
 from fedcore.identity import freshness, messages
 from fedcore.ledger.layout import MAX_FL_ID
+from fedcore.net.reactor import wake_in_turns
 from fedcore.net.routes import Response, Route, Sink
 from fedcore.observe.metrics import ServerMetrics
 from fedcore.services.answers import Answer
@@ -78,19 +80,21 @@ Request = (
     | RequestAllClientListSign
     | SendReconstructSecret
 )
-R = TypeVar("R", bound=Request)
 T = TypeVar("T")
 Given = tuple[Told, Answer | None]  # what the shared state says, and what is handed out in consequence
+Ask = Callable[
+    [CipherState, Any, str], Awaitable[Given]
+]  # of the shared state: for a request, and whose it is
 
-_REPLIES: dict[str, Callable[..., object]] = {
-    "exchangeKeys": ResponseExchangeKeys,
-    "getKeys": ReturnExchangeKeys,
-    "shareSecrets": ResponseShareSecrets,
-    "getSecrets": ReturnShareSecrets,
-    "getClientList": ReturnClientList,
-    "pushListSign": ResponseClientListSign,
-    "getListSign": ReturnAllClientListSign,
-    REPORTS_ROUND: ReconstructSecret,
+_MESSAGES: dict[str, tuple[type[Request], Callable[..., object]]] = {
+    "exchangeKeys": (RequestExchangeKeys, ResponseExchangeKeys),
+    "getKeys": (GetExchangeKeys, ReturnExchangeKeys),
+    "shareSecrets": (RequestShareSecrets, ResponseShareSecrets),
+    "getSecrets": (GetShareSecrets, ReturnShareSecrets),
+    "getClientList": (GetClientList, ReturnClientList),
+    "pushListSign": (SendClientListSign, ResponseClientListSign),
+    "getListSign": (RequestAllClientListSign, ReturnAllClientListSign),
+    REPORTS_ROUND: (SendReconstructSecret, ReconstructSecret),
 }
 _WITHOUT_REASON = ("getKeys", "getSecrets")
 _BEFORE = {"getKeys": "exchangeKeys", "getSecrets": "shareSecrets", "getListSign": "pushListSign"}
@@ -100,9 +104,10 @@ _TOLD = (Outcome.COUNTED, Outcome.REPEATED)
 class Gathering:
     """What the rounds of one iteration have gathered, each thing read once, when it cannot change any more."""
 
-    def __init__(self, place: tuple[str, int, str]) -> None:
+    def __init__(self, place: tuple[str, int, str], reactor: Any) -> None:
         """Keep what belongs to one place: instance, iteration, run id of Redis."""
         self.place = place
+        self._reactor = reactor
         self._found: dict[str, Any] = {}
         self._awaited: dict[str, list[defer.Deferred[None]]] = {}
 
@@ -122,8 +127,7 @@ class Gathering:
         try:
             found = self._found[name] = await find()
         finally:
-            for waiter in self._awaited.pop(name):
-                waiter.callback(None)
+            wake_in_turns(self._reactor, self._awaited.pop(name))
         return found
 
 
@@ -176,151 +180,100 @@ class CipherRounds:
 
     def routes(self) -> dict[str, Callable[[memoryview], Awaitable[Answer | str]]]:
         """Return name -> function of all rounds, whether they are served or not."""
-        return {
-            "exchangeKeys": self.exchange_keys,
-            "getKeys": self.get_keys,
-            "shareSecrets": self.share_secrets,
-            "getSecrets": self.get_secrets,
-            "getClientList": self.get_client_list,
-            "pushListSign": self.push_list_sign,
-            "getListSign": self.get_list_sign,
-            REPORTS_ROUND: self.reconstruct_secrets,
+        asks: dict[str, Ask] = {
+            "exchangeKeys": self._exchange_keys,
+            "getKeys": self._get_keys,
+            "shareSecrets": self._share_secrets,
+            "getSecrets": self._get_secrets,
+            "getClientList": self._get_client_list,
+            "pushListSign": self._push_list_sign,
+            "getListSign": self._get_list_sign,
+            REPORTS_ROUND: self._reconstruct_secrets,
         }
+        return {name: partial(self._round, name, ask) for name, ask in asks.items()}
 
-    # ---- rounds
-
-    async def exchange_keys(self, body: memoryview) -> Answer | str:
-        """List a client's public keys."""
-        request = await self._read(RequestExchangeKeys, body)
+    async def _round(self, name: str, ask: Ask, body: memoryview) -> Answer | str:
+        """Answer a body: all rounds differ in what is asked of the shared state."""
+        request = await self._read(_MESSAGES[name][0], body)
         if request is None:
-            return self._malformed("exchangeKeys")
-        kept, parts = self._kept(request), (request.c_pk or b"", request.s_pk or b"")
+            return self._answer(name, cipher.malformed(name), self._api.next_req_time())
+        return await self._serve(name, request, body, ask)
+
+    # ---- what each round asks
+
+    async def _exchange_keys(self, state: CipherState, request: RequestExchangeKeys, fl_id: str) -> Given:
+        """List a client's public keys."""
+        kept = self._kept(request)
         fit = cipher.are_keys(
             kept.c_pk, kept.s_pk, kept.ind_iv, kept.pw_iv, kept.pw_salt, stable=self._stable
         )
+        good = fit and await self._shows_its_chain(request)
+        return await state.exchange_keys(kept, completes=self._completes("exchangeKeys"), fit=good), None
 
-        async def ask(state: CipherState) -> Given:
-            good = fit and await self._shows_its_chain(request)
-            return await state.exchange_keys(kept, completes=self._completes("exchangeKeys"), fit=good), None
-
-        message = messages.of_keys(*parts, request.timestamp or "", request.iteration)
-        return await self._serve("exchangeKeys", request, body, ask, message)
-
-    async def get_keys(self, body: memoryview) -> Answer | str:
+    async def _get_keys(self, state: CipherState, request: GetExchangeKeys, fl_id: str) -> Given:
         """Hand out everybody's public keys."""
-        request = await self._read(GetExchangeKeys, body)
-        if request is None:
-            return self._malformed("getKeys")
-        number, fl_id = request.iteration, request.fl_id or ""
+        number = request.iteration
+        listed, completes = self._completes("exchangeKeys"), self._completes("getKeys")
+        told = await state.get_keys(number, fl_id, listed=listed, completes=completes)
+        return told, await self._all_keys(state, number) if told.outcome in _TOLD else None
 
-        async def ask(state: CipherState) -> Given:
-            listed, completes = self._completes("exchangeKeys"), self._completes("getKeys")
-            told = await state.get_keys(number, fl_id, listed=listed, completes=completes)
-            return told, await self._all_keys(state, number) if told.outcome in _TOLD else None
-
-        return await self._serve("getKeys", request, body, ask)
-
-    async def share_secrets(self, body: memoryview) -> Answer | str:
+    async def _share_secrets(self, state: CipherState, request: RequestShareSecrets, fl_id: str) -> Given:
         """Take a client's shares, one for each other member."""
-        request = await self._read(RequestShareSecrets, body)
-        if request is None:
-            return self._malformed("shareSecrets")
-        number, fl_id = request.iteration, request.fl_id or ""
+        number = request.iteration
+        members = await self._members(state, number)
+        shares = None if members is None else _addressed(members, fl_id, request.encrypted_shares or ())
+        completes = self._completes("shareSecrets")
+        return await state.share_secrets(number, fl_id, shares, completes=completes), None
 
-        async def ask(state: CipherState) -> Given:
-            members = await self._members(state, number)
-            shares = None if members is None else _addressed(members, fl_id, request.encrypted_shares or ())
-            completes = self._completes("shareSecrets")
-            return await state.share_secrets(number, fl_id, shares, completes=completes), None
-
-        return await self._serve("shareSecrets", request, body, ask)
-
-    async def get_secrets(self, body: memoryview) -> Answer | str:
+    async def _get_secrets(self, state: CipherState, request: GetShareSecrets, fl_id: str) -> Given:
         """Hand out the shares that are for a client."""
-        request = await self._read(GetShareSecrets, body)
-        if request is None:
-            return self._malformed("getSecrets")
-        number, fl_id = request.iteration, request.fl_id or ""
+        number = request.iteration
+        shared, completes = self._completes("shareSecrets"), self._completes("getSecrets")
+        told = await state.get_secrets(number, fl_id, shared=shared, completes=completes)
+        return told, await self._shares_for(state, number, fl_id) if told.outcome in _TOLD else None
 
-        async def ask(state: CipherState) -> Given:
-            shared, completes = self._completes("shareSecrets"), self._completes("getSecrets")
-            told = await state.get_secrets(number, fl_id, shared=shared, completes=completes)
-            return told, await self._shares_for(state, number, fl_id) if told.outcome in _TOLD else None
-
-        return await self._serve("getSecrets", request, body, ask)
-
-    async def get_client_list(self, body: memoryview) -> Answer | str:
+    async def _get_client_list(self, state: CipherState, request: GetClientList, fl_id: str) -> Given:
         """Tell whose updates count."""
-        request = await self._read(GetClientList, body)
-        if request is None:
-            return self._malformed("getClientList")
-        number, fl_id = request.iteration, request.fl_id or ""
+        number = request.iteration
+        told, clients = await state.client_list(number, fl_id, completes=self._completes("getClientList"))
+        return told, await self._list(state, number, clients) if told.outcome in _TOLD else None
 
-        async def ask(state: CipherState) -> Given:
-            told, clients = await state.client_list(number, fl_id, completes=self._completes("getClientList"))
-            return told, await self._list(state, number, clients) if told.outcome in _TOLD else None
-
-        return await self._serve("getClientList", request, body, ask)
-
-    async def push_list_sign(self, body: memoryview) -> Answer | str:
+    async def _push_list_sign(self, state: CipherState, request: SendClientListSign, fl_id: str) -> Given:
         """Keep a client's signature under that list."""
-        request = await self._read(SendClientListSign, body)
-        if request is None:
-            return self._malformed("pushListSign")
-        number, fl_id = request.iteration, request.fl_id or ""
+        completes = self._completes("pushListSign")
+        return await state.push_list_sign(
+            request.iteration, fl_id, request.signature, completes=completes
+        ), None
 
-        async def ask(state: CipherState) -> Given:
-            completes = self._completes("pushListSign")
-            return await state.push_list_sign(number, fl_id, request.signature, completes=completes), None
-
-        return await self._serve("pushListSign", request, body, ask)
-
-    async def get_list_sign(self, body: memoryview) -> Answer | str:
+    async def _get_list_sign(
+        self, state: CipherState, request: RequestAllClientListSign, fl_id: str
+    ) -> Given:
         """Hand out the signatures under that list."""
-        request = await self._read(RequestAllClientListSign, body)
-        if request is None:
-            return self._malformed("getListSign")
-        number, fl_id = request.iteration, request.fl_id or ""
+        number = request.iteration
+        signed, completes = self._completes("pushListSign"), self._completes("getListSign")
+        told = await state.get_list_sign(number, fl_id, signed=signed, completes=completes)
+        verdict = cipher.judge("getListSign", told.outcome, fl_id, uploader=told.uploader)
+        return told, await self._signs(state, number, verdict) if verdict.code == 200 else None
 
-        async def ask(state: CipherState) -> Given:
-            signed, completes = self._completes("pushListSign"), self._completes("getListSign")
-            told = await state.get_list_sign(number, fl_id, signed=signed, completes=completes)
-            verdict = cipher.judge("getListSign", told.outcome, fl_id, uploader=told.uploader)
-            return told, await self._signs(state, number, verdict) if verdict.code == 200 else None
-
-        return await self._serve("getListSign", request, body, ask)
-
-    async def reconstruct_secrets(self, body: memoryview) -> Answer | str:
+    async def _reconstruct_secrets(
+        self, state: CipherState, request: SendReconstructSecret, fl_id: str
+    ) -> Given:
         """Take a client's report."""
-        request = await self._read(SendReconstructSecret, body)
-        if request is None:
-            return self._malformed(REPORTS_ROUND)
-        number, fl_id = request.iteration, request.fl_id or ""
-
-        async def ask(state: CipherState) -> Given:
-            members = await self._members(state, number)
-            shares: list[Share] | None = None
-            if members is not None:
-                sharers = await self._sharers(state, number, members)
-                shares = _reported(members, sharers, fl_id, request.reconstruct_secret_shares or ())
-            completes = self._completes(REPORTS_ROUND)
-            return await state.report_secrets(number, fl_id, shares, completes=completes), None
-
-        return await self._serve(REPORTS_ROUND, request, body, ask)
+        number = request.iteration
+        members = await self._members(state, number)
+        shares: list[Share] | None = None
+        if members is not None:
+            sharers = await self._sharers(state, number, members)
+            shares = _reported(members, sharers, fl_id, request.reconstruct_secret_shares or ())
+        completes = self._completes(REPORTS_ROUND)
+        return await state.report_secrets(number, fl_id, shares, completes=completes), None
 
     # ---- steps
 
-    async def _serve(
-        self,
-        round_name: str,
-        request: Request,
-        body: memoryview,
-        ask: Callable[[CipherState], Awaitable[Given]],
-        message: bytes | None = None,
-    ) -> Answer | str:
+    async def _serve(self, round_name: str, request: Request, body: memoryview, ask: Ask) -> Answer | str:
         """Answer a request, holding it while the shared state is away or what it asks for is not gathered."""
         api, driver, fl_id = self._api, self._driver, request.fl_id or ""
-        signed = self._signed(round_name, request, body, message)
+        signed = self._signed(round_name, request, body)
         until = self._reactor.seconds() + self._hold
         while True:
             text = await api.pass_gate(round_name, until)
@@ -333,7 +286,7 @@ class CipherRounds:
             try:
                 refusal = admission.judge_signature(await self._standing(cluster, signed))
                 if refusal is None:
-                    told, given = await ask(CipherState(cluster))
+                    told, given = await ask(CipherState(cluster), request, fl_id)
             except StoreError as error:
                 if await api.settled(error, seen, until):
                     continue
@@ -377,8 +330,9 @@ class CipherRounds:
         before = now.round_named(_BEFORE[round_name])
         return before is not None and before.count >= self._completes(_BEFORE[round_name])
 
-    async def _read(self, message: type[R], body: memoryview) -> R | None:
+    async def _read(self, message: type[Request], body: memoryview) -> Request | None:
         """Read a request, None if it is none or does not say whose it is."""
+        request: Request
         try:
             if len(body) <= INLINE_BYTES:
                 request = codec.decode(message, body)
@@ -396,14 +350,15 @@ class CipherRounds:
             request = replace(request, timestamp=None, signature=None, certificate_chain=None)
         return request
 
-    def _signed(
-        self, round_name: str, request: Request, body: memoryview, message: bytes | None
-    ) -> Signed | None:
+    def _signed(self, round_name: str, request: Request, body: memoryview) -> Signed | None:
         if self._identity is None:
             return None
         signature = request.req_signature if isinstance(request, SendClientListSign) else request.signature
         number, stamp = request.iteration, request.timestamp
-        text = messages.of_round(stamp or "", number) if message is None else message
+        if isinstance(request, RequestExchangeKeys):
+            text = messages.of_keys(request.c_pk or b"", request.s_pk or b"", stamp or "", number)
+        else:
+            text = messages.of_round(stamp or "", number)
         return Signed(round_name, request.fl_id, number, stamp, signature, text, freshness.digest_of(body))
 
     async def _shows_its_chain(self, request: RequestExchangeKeys) -> bool:
@@ -429,7 +384,7 @@ class CipherRounds:
         for known in self._gatherings:
             if known.place == place:
                 return known
-        found = Gathering(place)
+        found = Gathering(place, self._reactor)
         self._gatherings = [found, *self._gatherings[:1]]
         return found
 
@@ -525,9 +480,6 @@ class CipherRounds:
         result: T = await done
         return result
 
-    def _malformed(self, round_name: str) -> Answer:
-        return self._answer(round_name, cipher.malformed(round_name), self._api.next_req_time())
-
     def failed(self, round_name: str) -> Answer:
         """Answer a request that a bug has stopped."""
         return self._answer(round_name, Verdict(500, INNER_ERROR), self._api.next_req_time())
@@ -542,7 +494,7 @@ class CipherRounds:
             fields["reason"] = verdict.reason
         if round_name == "getClientList":
             fields["clients"] = ()
-        return _answer(_REPLIES[round_name](**fields))
+        return _answer(_MESSAGES[round_name][1](**fields))
 
 
 class _Incomplete(IterationMoved):

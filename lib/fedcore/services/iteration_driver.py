@@ -23,6 +23,7 @@ from fedcore.core.iteration import Iteration, Phase
 from fedcore.errors import ConfigError, FedcoreError, StoreError, StoreUnavailable
 from fedcore.ledger.layout import Epoch
 from fedcore.models.history import ModelHistory
+from fedcore.net.reactor import wake_in_turns
 from fedcore.observe.metrics import ServerMetrics
 from fedcore.services.finaliser import Finaliser
 from fedcore.services.guard import UpdateGuard
@@ -565,8 +566,7 @@ class IterationDriver(Service):
     def wake(self) -> None:
         """Have all who wait look again at what they wait for."""
         waiting, self._waiting = self._waiting, []
-        for waiter in waiting:
-            waiter.callback(None)
+        wake_in_turns(self._reactor, waiting)
 
     def run(self, work: Coroutine[Any, Any, object]) -> None:
         """Do work that nobody waits for; what goes wrong is logged."""
