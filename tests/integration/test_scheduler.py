@@ -578,7 +578,7 @@ class TestWithAServer:
             (node,) = state["nodes"]
             assert (node["role"], node["tcp_address"]) == ("SERVER", f"127.0.0.1:{cluster.tcp}")
             query = call(cluster.manage, "queryInstance").body
-            assert (query["nodes"], len(query["result"])) == ([node], 30)
+            assert (query["nodes"], len(query["result"])) == ([node], 31)
             for client in ("one", "two"):
                 assert cluster.start(client).retcode == 200
                 assert cluster.update(client, 1, filled(1.0)).retcode == 200

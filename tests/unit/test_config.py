@@ -569,12 +569,13 @@ def test_hyper_parameters(load: Load) -> None:
         "download_compress_type": "NO_COMPRESS",
         "enable_ssl": False,
         "pki_verify": False,
+        "mask_layout": "contiguous",
     }
 
 
 def test_hyper_parameters_are_plain_values() -> None:
     values = hyper_parameters(Settings())
-    assert len(values) == 30
+    assert len(values) == 31
     assert {type(value) for value in values.values()} == {int, float, bool, str}
     assert values["encrypt_type"] == EncryptType.NOT_ENCRYPT.value
 
@@ -710,6 +711,6 @@ def test_any_file_gives_settings_or_a_config_error(
         assert all(line.strip() for line in str(fault).split("\n"))
     else:
         assert isinstance(loaded.settings, Settings)
-        assert len(hyper_parameters(loaded.settings)) == 30
+        assert len(hyper_parameters(loaded.settings)) == 31
         assert all("\n" not in warning for warning in loaded.warnings)
         unsupported(loaded.settings, role)

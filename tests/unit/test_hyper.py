@@ -19,7 +19,7 @@ from fedcore.config.hyper import (
     parse_object,
     parse_shared,
 )
-from fedcore.config.settings import AggregationType, EncryptType, UploadCompressType
+from fedcore.config.settings import AggregationType, EncryptType, MaskLayout, UploadCompressType
 from fedcore.core.quorum import to_float32
 from fedcore.errors import ConfigError, StoreError
 
@@ -68,7 +68,7 @@ class TestParse:
     def test_keys_of_newer_versions_stay(self) -> None:
         assert parse_shared(json.dumps({**OWN, "laplace_eval_eps": 1.5}))["laplace_eval_eps"] == 1.5
 
-    @pytest.mark.parametrize("name", list(OWN))
+    @pytest.mark.parametrize("name", [name for name in OWN if name != "mask_layout"])  # ours alone
     def test_every_key_is_required(self, name: str) -> None:
         text = json.dumps({key: value for key, value in OWN.items() if key != name})
         with pytest.raises(StoreError, match=f"^the hyper-parameters in Redis lack {name} "):
@@ -133,6 +133,24 @@ class TestConflict:
         there = conflict(OWN, {**OWN, name: True})
         assert there == f"Context '{name}' 0 of local != that 1 declared in distributed cache."
 
+    def test_the_layout_of_masks_where_there_are_some(self) -> None:
+        masked = {**OWN, "encrypt_type": "PW_ENCRYPT"}
+        other = {**OWN, "mask_layout": "per_layer"}  # whatever this server's file says of the encryption
+        here = conflict(other, masked)
+        assert here == (
+            "Context 'mask_layout' per_layer of local != that contiguous declared in distributed cache."
+        )
+        assert conflict(masked, {**masked, "mask_layout": "per_layer"}) == (
+            "Context 'mask_layout' contiguous of local != that per_layer declared in distributed cache."
+        )
+        assert conflict(other, {**other, "encrypt_type": "PW_ENCRYPT"}) is None
+        assert conflict(other, OWN) is None
+        assert conflict(other, {**OWN, "encrypt_type": "STABLE_PW_ENCRYPT"}) is None  # nothing is taken off
+
+    def test_a_version_without_layouts_has_told_none(self) -> None:
+        shared = {name: value for name, value in OWN.items() if name != "mask_layout"}
+        assert conflict({**OWN, "mask_layout": "per_layer"}, {**shared, "encrypt_type": "PW_ENCRYPT"}) is None
+
     def test_ssl_comes_first(self) -> None:
         assert "enable_ssl" in (conflict(OWN, {**OWN, "enable_ssl": True, "pki_verify": True}) or "")
 
@@ -178,6 +196,7 @@ class TestAdopt:
             "download_compress_type": "QUANT",
             "enable_ssl": True,
             "pki_verify": True,
+            "mask_layout": "contiguous",
         }
         assert shared.keys() == OWN.keys()
         adopted = adopt(Settings(), shared)
@@ -330,6 +349,15 @@ class TestMerge:
         except BadRequest:
             return
         assert hyper_parameters(adopt(Settings(), parse_shared(json.dumps(merged)))) == merged
+
+
+def test_the_layout_of_masks_is_shared() -> None:
+    settings = Settings()
+    masks = replace(settings.fedcore.secure_aggregation, mask_layout=MaskLayout.PER_LAYER)
+    fedcore = replace(settings.fedcore, secure_aggregation=masks)
+    assert OWN["mask_layout"] == "contiguous"
+    assert hyper_parameters(replace(settings, fedcore=fedcore))["mask_layout"] == "per_layer"
+    assert merge(OWN, {})["mask_layout"] == "contiguous"
 
 
 def test_the_places_are_the_files() -> None:

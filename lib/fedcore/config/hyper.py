@@ -14,7 +14,7 @@ from operator import attrgetter
 from typing import Any, NoReturn
 
 from fedcore.config.keys import U32_MAX, Key, Kind, Limits, plain_text
-from fedcore.config.settings import KEYS, Settings
+from fedcore.config.settings import KEYS, EncryptType, Settings
 from fedcore.core.quorum import to_float32
 from fedcore.errors import ConfigError, StoreError
 
@@ -53,6 +53,8 @@ _PLACES = {
     "enable_ssl": "enable_ssl",
     "pki_verify": "client_verify.pki_verify",
 }
+# What the original does not share. It is compared and not taken over: it must be right on the devices, too.
+_OWN_PLACES = {"mask_layout": "fedcore.secure_aggregation.mask_layout"}
 _KEYS = {key.path: key for key in KEYS}
 _MUST_AGREE = ("enable_ssl", "pki_verify")
 _REMEDY = "start a new instance, or delete the key hyperParams of this one so that a server writes it again"
@@ -76,7 +78,7 @@ class BadRequest(ValueError):
 
 
 def hyper_parameters(settings: Settings) -> dict[str, object]:
-    """The 30 shared values of MindSpore Federated 0.1, in its order.
+    """The 30 shared values of MindSpore Federated 0.1, in its order, and after them ours.
 
     Fractions are float32 widened to double, as devices see them: 0.8 becomes 0.800000011920929. Those of a
     protection that is not selected are the defaults.
@@ -87,7 +89,8 @@ def hyper_parameters(settings: Settings) -> dict[str, object]:
     Returns:
         Name to int, float, bool or str, ready for JSON.
     """
-    return {name: _plain(attrgetter(path)(settings)) if path else False for name, path in _PLACES.items()}
+    places = {**_PLACES, **_OWN_PLACES}
+    return {name: _plain(attrgetter(path)(settings)) if path else False for name, path in places.items()}
 
 
 def parse_json(text: bytes | str) -> object:
@@ -128,7 +131,7 @@ def parse_shared(text: bytes | str) -> dict[str, Any]:
         text: content of the key hyperParams.
 
     Returns:
-        All 30 values by name, and those that newer versions know.
+        All 30 values by name, and those that only some versions know.
 
     Raises:
         StoreError: not a JSON object, or a value is missing.
@@ -159,8 +162,15 @@ def differences(local: Mapping[str, object], shared: Mapping[str, object]) -> li
 
 
 def conflict(local: Mapping[str, object], shared: Mapping[str, object]) -> str | None:
-    """Why a server cannot join: it and the cluster differ in what must agree; None if they do not."""
-    for name in _MUST_AGREE:
+    """Why a server cannot join: it and the cluster differ in what must agree; None if they do not.
+
+    The layout of masks must agree where the cluster masks: each server may be the one that takes them off. A version
+    that knows no layouts has written none.
+    """
+    names = list(_MUST_AGREE)
+    if shared["encrypt_type"] == EncryptType.PW_ENCRYPT:
+        names += [name for name in _OWN_PLACES if name in shared]
+    for name in names:
         if local[name] != shared[name]:
             return (
                 f"Context '{name}' {_digit(local[name])} of local != that {_digit(shared[name])} declared in "

@@ -13,6 +13,7 @@ from twisted.internet import defer
 from twisted.logger import globalLogPublisher
 
 from fedcore.config import EncryptType, Settings, UploadCompressType, hyper_parameters
+from fedcore.config.settings import MaskLayout
 from fedcore.core.job import RunningState
 from fedcore.errors import ConfigError, StoreError, StoreUnavailable
 from fedcore.services.joining import Joined, join
@@ -108,6 +109,21 @@ def test_what_must_agree_is_a_conflict(store: RecordedStore) -> None:
         joined(store)
     assert "Sync hyper params with distributed cache failed, distributed_cache_address: " in str(caught.value)
     assert "same value on all servers" in str(caught.value.hint)
+
+
+def test_servers_of_a_masked_job_have_one_layout_of_masks(store: RecordedStore) -> None:
+    """Each may be the one that takes the masks off; the layout is right or wrong whatever its file says of masking."""
+    plain = with_round(start_fl_job_threshold=3)
+    masked = replace(plain, encrypt=replace(plain.encrypt, encrypt_type=EncryptType.PW_ENCRYPT))
+    own = plain.fedcore
+    layout = replace(own.secure_aggregation, mask_layout=MaskLayout.PER_LAYER)
+    other = replace(plain, fedcore=replace(own, secure_aggregation=layout))
+    joined(store, masked)
+    assert joined(store, masked).settings.encrypt.encrypt_type is EncryptType.PW_ENCRYPT
+    with pytest.raises(
+        ConfigError, match=r"Context 'mask_layout' per_layer of local != that contiguous declared"
+    ):
+        joined(store, other)
 
 
 def test_another_model_is_refused_with_a_remedy(store: RecordedStore) -> None:
