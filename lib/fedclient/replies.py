@@ -2,7 +2,8 @@
 
 Kinder than the original device client in three ways: the texts of an unavailable server are recognised by
 equality, so that no model can contain one by accident; a body that is not the round's table is a refusal
-(RESTART), not the end; and HTTP errors that may pass ask for the same request again.
+(RESTART), not the end; and HTTP errors that may pass ask for the same request again. And it sees more in one answer
+than an old device: that an update was lost with its server and is to be sent again (AGAIN).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from fedcore.compression import quant
+from fedcore.core.cipher import LIST_LOST
 from fedcore.errors import MalformedRequest, NonFinite
 from fedcore.wire.arrays import Floats
 from fedcore.wire.codec import decode
@@ -49,6 +51,7 @@ class Verdict(Enum):
     SUCCESS = auto()  # go on
     WAIT = auto()  # ask the same again a little later
     RESTART = auto()  # begin the iteration anew, later
+    AGAIN = auto()  # the same, in a moment: the iteration waits for it
     REPEAT = auto()  # send the same bytes again, as after an I/O error
     FAILED = auto()  # give up
     OVER = auto()  # there is nothing left to do
@@ -124,6 +127,8 @@ def judge(round_: Round, status: int, body: bytes) -> Judgement:
     except MalformedRequest as error:
         return Judgement(Verdict.RESTART, f"the body is not a table: {error}")
     verdict = CODES[round_].get(reply.retcode, Verdict.FAILED)
+    if isinstance(reply, ReturnClientList) and verdict is Verdict.WAIT and reply.reason == LIST_LOST:
+        verdict = Verdict.AGAIN
     return Judgement(verdict, f"{reply.retcode} {clip(getattr(reply, 'reason', None))}", reply)
 
 

@@ -286,6 +286,8 @@ class Session:
                 return self._poll(reason, now)
             case Verdict.RESTART:
                 return self._restart(reason, judgement.reply, now, jitter)
+            case Verdict.AGAIN:
+                return self._restart(reason, None, now, jitter)
             case Verdict.OVER:
                 return self._finish(Outcome.JOB_OVER, judgement.reason)
         return self._finish(Outcome.FAILED, reason)

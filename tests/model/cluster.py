@@ -479,14 +479,16 @@ class SharedState:
         self.given_up |= gone
         uploads = self.uploads.get(number, {})
         lost = [client for client, holder in uploads.items() if holder in gone]
+        members, freed = self.gathered.get((number, "exchangeKeys"), {}), False
         for client in lost:
             del uploads[client]
-            self.clients.get(number, {}).pop(client, None)
+            if client not in members:
+                freed |= self.clients.get(number, {}).pop(client, None) is not None
         if status.sealed is not None:
             stood = self.clock() - status.sealed
             status.started = None if status.started is None else status.started + stood
             status.first_upload = None if status.first_upload is None else status.first_upload + stood
-        if lost:
+        if freed:
             status.filled = None
         status.lost += len(lost)
         status.attempt, status.phase = attempt + 1, Phase.COLLECTING

@@ -2,7 +2,8 @@
 
 Differences to MindSpore Federated 0.1, where an old device cannot tell or is only better served: a repeat gets the same
 answer again, keys of a wrong kind are refused before anybody relies on them, a member must share with all others, and
-reconstructSecrets says what became of the report.
+reconstructSecrets says what became of the report. getClientList tells a client whose update was lost with its server to
+send it again, with the code that lets an old device ask once more.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ SHARES_UNFIT = "update client of shares and shares failed"
 SHARES_OK = "OK"
 NOT_READY = "The server is not ready."
 LIST_OK = "send clients_list succeed!"
+LIST_LOST = "The update was lost with its server. Please send it again."
+LIST_LATE = "The update was lost with its server, and the others are complete. Please retry later."
 PUSH_ITERATION = "push list sign iteration number is invalid"
 PUSH_FULL = "Current amount for PushListSignKernel is enough."
 PUSH_STRANGER = "client send signature is not in get update model client list. && client is illegal"
@@ -83,6 +86,8 @@ class Outcome(StrEnum):
     STRANGER = "stranger"  # the client took no part in a round before
     UNKNOWN = "unknown"  # the client has no place
     OTHER = "other"  # another iteration is the current one
+    LOST = "lost"  # the client's update does not count any more, and may come again
+    LATE = "late"  # the same, and it is too late for that
     UNFIT = "unfit"  # everything shared allows it, but what it brings may not be stored
 
 
@@ -140,6 +145,8 @@ _VERDICTS: dict[tuple[str, Outcome], tuple[int, str]] = {
     ("getClientList", Outcome.EARLY): (201, NOT_READY),
     ("getClientList", Outcome.STRANGER): (400, "fl_id: {fl_id} is not in the update_model_clients"),
     ("getClientList", Outcome.OTHER): (300, ITERATION),
+    ("getClientList", Outcome.LOST): (201, LIST_LOST),
+    ("getClientList", Outcome.LATE): (300, LIST_LATE),
     ("pushListSign", Outcome.COUNTED): (200, SIGNS_OK),
     ("pushListSign", Outcome.REPEATED): (200, RECEIVED),
     ("pushListSign", Outcome.FULL): (300, PUSH_FULL),

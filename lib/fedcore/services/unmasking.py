@@ -8,7 +8,8 @@ Rules kept here:
   give every secret, further reports are waited for.
 * Secrets and masks are nowhere but in the memory of this process, for as long as it computes, and are never logged.
 * The work is done in threads. It may take minutes where hundreds of clients have dropped out, so nobody watches over it
-  as over other work; it waits for nothing.
+  as over other work; it waits for nothing. If it fails for want of memory or threads it is tried again, until the
+  window of the reports is over.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ class Unmasking:
         self._material = material
         self._in_vain: tuple[str, int, frozenset[str]] | None = None  # which reports did not do
         self._excluded: tuple[str, int, frozenset[str]] | None = None  # whose reports were told to be bad
+        self._failed: tuple[str, int, frozenset[str]] | None = None  # with which reports the work failed
 
     async def unmask(
         self, cluster: ClusterState, number: int, masked: ModelImage, t: int
@@ -127,6 +129,14 @@ class Unmasking:
                 error=str(error),
             )
             return core.ReductionFailed(core.unmask_failed(number))
+        except Exception:
+            if self._failed != tried:
+                self._failed = tried
+                self.log.failure(
+                    "taking the masks of iteration {iteration} off failed; it is tried again",
+                    iteration=number,
+                )
+            return core.NotUnmasked()
         if image is None:
             self.log.error(
                 "what is left of iteration {iteration} without masks is no model", iteration=number

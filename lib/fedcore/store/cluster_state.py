@@ -676,7 +676,7 @@ class ClusterState:
             How many updates were lost with them; None if the state is another one.
         """
         names = [self.keys.status, self.keys.clients(number), self.keys.uploads(number)]
-        names += [self.keys.ledgers, self.keys.revoked]
+        names += [self.keys.ledgers, self.keys.revoked, self.keys.cipher_round(number, EXCHANGE_ROUNDS[0])]
         arguments: list[Argument] = [
             self._channel,
             number,

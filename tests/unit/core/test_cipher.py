@@ -43,6 +43,13 @@ ANSWERS = [
     ("getClientList", "early", 201, "The server is not ready."),
     ("getClientList", "stranger", 400, "fl_id: ann is not in the update_model_clients"),
     ("getClientList", "other", 300, "iter num is error."),
+    ("getClientList", "lost", 201, "The update was lost with its server. Please send it again."),
+    (
+        "getClientList",
+        "late",
+        300,
+        "The update was lost with its server, and the others are complete. Please retry later.",
+    ),
     ("pushListSign", "counted", 200, "send update model client list signature success. "),
     ("pushListSign", "repeated", 200, "The server has received the request, please do not request again."),
     ("pushListSign", "full", 300, "Current amount for PushListSignKernel is enough."),

@@ -28,6 +28,7 @@ from fedclient.steps import (
     Sleep,
 )
 from fedclient.trainer import FitResult
+from fedcore.core.cipher import LIST_LOST
 from fedcore.identity import pss
 from fedcore.secagg import shamir, unmask
 from fedcore.secagg.masks import Layout, Member
@@ -345,6 +346,24 @@ def test_a_refused_device_sends_the_same_keys_shares_and_upload_again():
         request for name, request in counterpart.seen if name == "shareSecrets" and request.fl_id == IDS[0]
     ]
     assert shared[0].encrypted_shares == shared[1].encrypted_shares
+    run(devices, counterpart)
+    check(counterpart, IDS)
+
+
+def test_a_device_whose_update_was_lost_sends_it_again_in_a_moment():
+    counterpart = Counterpart(IDS)
+    devices = [Device(fl_id) for fl_id in IDS]
+    first = devices[0]
+    run_until(devices, counterpart, "getClientList")
+    before = counterpart.uploads.pop(IDS[0])
+    first.feed(Replied(200, encode(ReturnClientList(201, LIST_LOST, (), 1, str(NOW + 3_600_000)))))
+    assert isinstance(first.action, IterationDone) and first.action.outcome is IterationOutcome.RESTARTED
+    assert isinstance(first.feed(Resumed()), Sleep) and first.action.seconds <= 1.5 * POLICY.retry_time
+    first.until("updateModel", counterpart)
+    after = decode(RequestUpdateModel, first.action.body)
+    assert first.fits == 1
+    for one, other in zip(before.feature_map, after.feature_map, strict=True):
+        assert one.data.tobytes() == other.data.tobytes()
     run(devices, counterpart)
     check(counterpart, IDS)
 

@@ -6,6 +6,7 @@ The devices' exchange is played here with the real keys, shares and masks; of th
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,7 +34,7 @@ from fedcore.core.iteration import (
     unmask_failed,
 )
 from fedcore.observe.metrics import ServerMetrics
-from fedcore.secagg import keys, masks, shamir
+from fedcore.secagg import keys, masks, shamir, unmask
 from fedcore.secagg.masks import Layout
 from fedcore.secagg.shares import to_bytes
 from fedcore.services import iteration_driver
@@ -247,6 +248,20 @@ def masked(
         job.close()
 
 
+@contextmanager
+def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Note which failures the unmasking logs; they are none of the tests'."""
+    told: list[str] = []
+
+    def failure(text: str, **fields: Any) -> None:
+        told.append(sys.exc_info()[0].__name__)  # type: ignore[union-attr]
+
+    log = Unmasking.log
+    recording = SimpleNamespace(failure=failure, error=log.error, warn=log.warn, info=log.info)
+    monkeypatch.setattr(Unmasking, "log", recording)
+    yield told
+
+
 class TestTheTimers:
     @pytest.mark.parametrize("name", list(ROUNDS)[:4])
     def test_a_round_of_the_exchange_has_its_window(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -359,6 +374,43 @@ class TestAModel:
             assert run.result(seconds=3) == UNMASKED_SUCCESS
             run.job.pass_time(3.0)
             assert run.is_mean_of(CLIENTS[:5])
+
+    def test_is_tried_again_where_there_was_no_memory_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        noise, tries = unmask.noise, []
+
+        def scarce(*given: Any) -> None:
+            tries.append(given)
+            if len(tries) < 3:
+                raise MemoryError
+            noise(*given)
+
+        monkeypatch.setattr(unmask, "noise", scarce)
+        with masked(monkeypatch, (1, 2)) as run:
+            run.exchanged()
+            run.until_masked()
+            with captured(monkeypatch) as told:
+                run.report("c0", "c1", "c2")
+                assert run.result(seconds=5) == UNMASKED_SUCCESS
+            assert len(tries) == 3 and told == ["MemoryError"]
+            run.job.pass_time(3.0)
+            assert run.is_mean_of(CLIENTS[:5])
+
+    def test_is_given_up_if_there_is_none_until_the_reports_are_over(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def scarce(*given: Any) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(unmask, "noise", scarce)
+        with masked(monkeypatch, (1, 2)) as run:
+            run.exchanged()
+            run.until_masked()
+            with captured(monkeypatch) as told:
+                run.report("c0", "c1", "c2")
+                run.job.pass_time(WINDOW_S - 1.5)
+                assert not run.job.store.ends
+                assert run.result(seconds=4) == unmask_failed(1)
+            assert told == ["MemoryError"], "once, with these reports"
 
     def test_leaves_bad_reports_out_and_tells_of_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with masked(monkeypatch, (1, 2)) as run:
