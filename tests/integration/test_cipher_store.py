@@ -11,7 +11,7 @@ import pytest
 from integration.redis_fixture import PrivateRedis, ReactorThread, redis_client
 from integration.test_store import Shared
 
-from fedcore.core.admission import Acceptance
+from fedcore.core.admission import Acceptance, Selection
 from fedcore.core.cipher import Outcome
 from fedcore.core.client_key import client_key
 from fedcore.core.iteration import Phase
@@ -189,6 +189,26 @@ class TestExchangeKeys:
         assert rounds.exchange("a", first=7).outcome is Outcome.COUNTED
         assert rounds.counts() == {"exchangeKeys": 2}
         assert rounds.members().entries == (keys_of("a", 7), keys_of("b"))
+
+    def test_who_is_left_out(self, rounds: Rounds) -> None:
+        def left_out() -> list[str]:
+            closes = {"exchangeKeys": 3, "shareSecrets": 2}
+            return [one for one in "abcd" if rounds.run(rounds.state.left_out(N, one, closes))]
+
+        rounds.select("a", "b", "c", "d")
+        for fl_id in "ab":
+            rounds.exchange(fl_id)
+        assert left_out() == []
+        rounds.exchange("c")
+        assert left_out() == ["d"]
+        for fl_id in "abc":
+            rounds.get_keys(fl_id)
+        rounds.share("a")
+        assert left_out() == ["d"]
+        rounds.share("b")
+        assert left_out() == ["c", "d"]
+        assert not rounds.run(rounds.state.left_out(N + 1, "d", {"exchangeKeys": 3, "shareSecrets": 2}))
+        assert not rounds.run(rounds.state.left_out(N, "c", {"exchangeKeys": 3, "shareSecrets": 0}))
 
     def test_a_full_list_takes_nobody_and_no_other_keys(self, rounds: Rounds) -> None:
         rounds.exchanged()
@@ -405,7 +425,26 @@ class TestClientList:
         rounds.advance()
         assert rounds.run(rounds.state.release(N))
         assert rounds.listed("b") == (Told(Outcome.REPEATED, 0), clients)
-        assert rounds.listed("c")[0].outcome is Outcome.STRANGER
+        assert rounds.listed("c")[0].outcome is Outcome.OTHER
+
+    def test_asks_for_updates_again_that_were_lost(self, rounds: Rounds) -> None:
+        shared, again = rounds.shared, {"number": N, "attempt": 2}
+        rounds.secret()
+        rounds.upload("a")
+        rounds.upload("b", ledger_id="L2")
+        assert shared.reopen("L2", phase=Phase.REDUCING, token=shared.claimed()) == 1
+        assert rounds.listed("b") == (Told(Outcome.LOST, 0), [])
+        assert rounds.listed("a") == (Told(Outcome.EARLY, 0), [])
+        assert rounds.listed("stranger") == (Told(Outcome.EARLY, 0), [])
+        assert shared.select("e", places=4)[0] is Selection.FULL, "nobody can have the place of a member"
+        assert shared.select("b", places=4)[0] is Selection.KNOWN
+        assert shared.seal(**again)
+        token, *_ = shared.claim(**again) or ("",)
+        assert rounds.listed("b") == (Told(Outcome.EARLY, 0), [])
+        assert shared.record(token, phase=Phase.UNMASKING, **again)
+        assert rounds.listed("b") == (Told(Outcome.LATE, 0), [])
+        assert rounds.listed("stranger") == (Told(Outcome.STRANGER, 0), [])
+        assert rounds.members().of_clients(rounds.listed("a")[1]) == ["a"]
 
     def test_is_not_told_of_an_ended_iteration_if_it_never_was(self, rounds: Rounds) -> None:
         rounds.unmasking()

@@ -39,6 +39,7 @@ from fedcore.services.screening import Finding, Screening
 from fedcore.services.terms import update_limit
 from fedcore.services.update_forms import UpdateForms
 from fedcore.services.update_intake import NoRoom, UpdateIntake
+from fedcore.store.cipher_state import CipherState
 from fedcore.store.cluster_state import (
     ClientMeta,
     ClusterState,
@@ -252,7 +253,21 @@ class ClientApi:
         )
         if selection is Selection.SELECTED:
             self.driver.place_given(cluster, number, count, client_key(request.fl_id), meta)
+        if selection is Selection.KNOWN and await self._left_out(cluster, number, request.fl_id):
+            return Selection.RESERVED
         return selection
+
+    async def _left_out(self, cluster: ClusterState, number: int, fl_id: str) -> bool:
+        """Tell whether a client that has a place in an iteration with masks can do nothing more in it.
+
+        It was refused in a later round and has come back too early: there it would be refused again, and two refusals
+        end an old device. What it waits for is the next iteration.
+        """
+        if self._protection.value not in LAST_BEFORE_UPDATE:
+            return False
+        completes = self.driver.policy.completes
+        closes = {name: completes(name) for name in ("exchangeKeys", "shareSecrets")}
+        return self._complete or await CipherState(cluster).left_out(number, fl_id, closes)
 
     async def _count(self, slot: Slot, request: RequestUpdateModel) -> tuple[Acceptance | None, Answer | str]:
         signed = await self._signed(slot, request)  # the body may be clipped later
@@ -432,7 +447,9 @@ class ClientApi:
     @property
     def _window_ms(self) -> int:
         """Longest time that the rounds of an iteration may take."""
-        return int(1000 * (self.driver.policy.start_window + self.driver.policy.update_window))
+        policy = self.driver.policy
+        hidden = policy.cipher_window * len(policy.cipher_rounds)
+        return int(1000 * (policy.start_window + policy.update_window + hidden))
 
     def _follow_terms(self, settings: Settings) -> None:
         """Tell devices what the settings say that are in force now."""

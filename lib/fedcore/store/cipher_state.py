@@ -234,7 +234,13 @@ class CipherState:
     async def client_list(self, number: int, fl_id: str, *, completes: int) -> tuple[Told, list[str]]:
         """Ask for the list of those whose updates count, as client keys."""
         answer = await self._run(
-            "client_list", CLIENT_LIST, number, fl_id, completes, [self._keys.uploads(number)], []
+            "client_list",
+            CLIENT_LIST,
+            number,
+            fl_id,
+            completes,
+            [self._keys.uploads(number), self._keys.clients(number)],
+            [],
         )
         return _told(*answer[:2]), [bytes(client).decode() for client in answer[2:]]
 
@@ -283,6 +289,22 @@ class CipherState:
         """Return the client keys of those whose shares are stored."""
         clients = await self._redis.command("HKEYS", self._keys.cipher_round(number, SHARE_SECRETS))
         return frozenset(client.decode() for client in clients)
+
+    async def left_out(self, number: int, fl_id: str, closes: Mapping[str, int]) -> bool:
+        """Tell whether a round whose members stay what they are was closed without a client.
+
+        Args:
+            number: the iteration.
+            fl_id: the client.
+            closes: exchangeKeys, shareSecrets -> how many clients close it; 0 if there is no such round.
+        """
+        for round_name in (EXCHANGE_KEYS, SHARE_SECRETS):
+            name, enough = self._keys.cipher_round(number, round_name), closes[round_name]
+            if not enough or int(await self._redis.command("HLEN", name)) < enough:
+                return False
+            if not await self._redis.command("HEXISTS", name, client_key(fl_id)):  # nobody joins any more
+                return True
+        return False
 
     async def shares_for(self, number: int, fl_id: str) -> bytes:
         """Return the shares that are for a client, see ``unpack_shares``."""
