@@ -1,17 +1,18 @@
 """The original device client, modelled without mercy.
 
-``StrictDevice`` behaves as the unmodified Java client of MindSpore Federated 0.1 does in a plain job
-(NOT_ENCRYPT, uploads not compressed): same requests, same patience, and every answer that ends its job, or
-the thread of its job, raises ``Fatal``. A server under test passes if the devices that train with it never
-raise. Nothing is shared with fedclient; only the codec is common ground.
+``StrictDevice`` behaves as the unmodified Java client of MindSpore Federated 0.1 does: same requests, same patience,
+and every answer that ends its job, or the thread of its job, raises ``Fatal``. A server under test passes if the
+devices that train with it never raise. Nothing is shared with fedclient; only the codec is common ground. What it does
+to its weights before they leave it is in ``strict_cipher``.
 
 Its loop, with ``tries`` and ``last`` as the original keeps them::
 
     tries > 1                        -> Fatal(TRIES)
     startFLJob  RESTART              -> tries + 1, wait, callback 300
                 SUCCESS              -> tries = 1, or tries + 1 if the iteration is that of the last success
-    evaluate, train, updateModel, getModel
-                RESTART              -> wait, callback 300
+    evaluate, PW_ENCRYPT: exchangeKeys, getKeys, shareSecrets, getSecrets
+    train, updateModel, PW_ENCRYPT: getClientList, [pushListSign, getListSign,] reconstructSecrets
+    getModel    RESTART              -> wait, callback 300
                 all SUCCESS          -> callback 200, tries = 0
     again while iteration < iterations, after a RESTART too
 
@@ -22,7 +23,6 @@ error is ever retried, except that a kept connection found closed is opened agai
 from __future__ import annotations
 
 import gzip
-import hashlib
 import http.client
 import io
 import random
@@ -31,34 +31,46 @@ import ssl
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding, rsa
+import strict_cipher
+from strict_cipher import Broken, KeyStore, Pairwise
 
 from fedcore.errors import MalformedRequest
 from fedcore.wire.codec import decode, encode
 from fedcore.wire.messages import (
+    CipherPublicParams,
     CompressFeatureMap,
     FeatureMap,
     FLPlan,
+    PWParams,
+    ReconstructSecret,
     RequestFLJob,
     RequestGetModel,
     RequestUpdateModel,
+    ResponseClientListSign,
+    ResponseExchangeKeys,
     ResponseFLJob,
     ResponseGetModel,
+    ResponseShareSecrets,
     ResponseUpdateModel,
+    ReturnAllClientListSign,
+    ReturnClientList,
+    ReturnExchangeKeys,
+    ReturnShareSecrets,
 )
 
 NOT_READY = ("The cluster is in safemode.", "The server's training job is not ready.")
 OVER = "The server's training job is disabled or finished."
 SLEEP_TIME = 10.0  # seconds between polls, and after a "not ready" text
+SIGNING_PAUSE = 5.0  # seconds before the keys are made, where devices sign
+FIRST_CLIP = 0.05  # of DP_ENCRYPT, until the first iteration's model is known
 MAX_WAIT_MS = 1_800_000  # longest single wait for a next_req_time
 MAX_REPEATS = 18  # of a getModel that answers 201
 CONNECT_TIMEOUT = 30.0  # seconds; also for writing
@@ -70,6 +82,16 @@ COMPRESS_TYPES = np.array([0, 2], np.int8)
 R = TypeVar("R")
 Array = npt.NDArray[np.float32]
 Train = Callable[[dict[str, Array], FLPlan], tuple[Mapping[str, Array], float]]
+
+
+class Step(NamedTuple):
+    """A cipher round: how its request is made of a time stamp, and what takes its answer with 200 and the time."""
+
+    round: str
+    request: Callable[[str], Any]
+    reply: type[Any]
+    take: Callable[[Any, int], None] | None = None
+    polls: bool = False
 
 
 class Why(Enum):
@@ -90,6 +112,7 @@ class Why(Enum):
     PATIENCE = "201 came once too often"
     PLAN = "the plan cannot be followed"
     CIPHER = "the cipher block is missing or unknown"
+    SECRETS = "a cipher round's answer cannot be used"
     NO_WEIGHTS = "no weights, or packed in another way than announced"
     UNKNOWN_WEIGHT = "a weight is not in the model, or has another size"
     LOSS = "loss or accuracy is not a number"
@@ -131,27 +154,6 @@ class Http(Protocol):
     """What carries the requests; raises OSError."""
 
     def post(self, round_: str, body: bytes) -> tuple[int, bytes]: ...
-
-
-@dataclass(frozen=True)
-class KeyStore:
-    """What the device's key store holds.
-
-    Attributes:
-        key: of the first certificate, RSA-2048.
-        chain: PEM of key attestation, equipment, equipment CA and root.
-    """
-
-    key: rsa.RSAPrivateKey = field(repr=False)
-    chain: tuple[str, str, str, str] = field(repr=False)
-
-    def fl_id(self) -> str:
-        return hashlib.sha256(self.chain[1].encode()).hexdigest()
-
-    def sign(self, text: str) -> bytes:
-        """SHA256withRSA/PSS with the salt that is Java's default for it."""
-        scheme = padding.PSS(padding.MGF1(hashes.SHA256()), 32)
-        return self.key.sign(text.encode(), scheme, hashes.SHA256())
 
 
 class OkHttp:
@@ -274,6 +276,7 @@ class StrictDevice:
         waits: (milliseconds until next_req_time, on arrival), before the cut to 30 minutes.
         weights: the newest global weights.
         plans: the plans of the startFLJob answers with 200.
+        clip: bound of the update's norm, for DP_ENCRYPT.
     """
 
     def __init__(
@@ -317,6 +320,8 @@ class StrictDevice:
         self.callbacks: list[tuple[int, int]] = []
         self.waits: list[int] = []
         self.plans: list[FLPlan] = []
+        self.clip = FIRST_CLIP
+        self._chance = random.SystemRandom()
         self._learning_rate = 0.1
         self._stopped = threading.Event()
         self._sleep = sleep or self._stopped.wait
@@ -393,21 +398,132 @@ class StrictDevice:
     def _take_part(self, reply: ResponseFLJob | None) -> Status:
         assert reply is not None and reply.fl_plan_config is not None
         plan = self._checked(reply.fl_plan_config)
-        if reply.upload_compress_type != 0:
-            raise NotModelled("compressed uploads")
+        assert plan.cipher is not None
         names = self._take_weights(reply)
-        accuracy = self.evaluate(_copy(self.weights)) if self.evaluate else 0.0
+        base = _copy(self.weights)
+        accuracy = self.evaluate(_copy(base)) if self.evaluate else 0.0
         if np.isnan(accuracy):
             raise Fatal(Why.LOSS, f"accuracy {accuracy}")
+        pairwise, mask = None, None
+        if plan.cipher.encrypt_type == "PW_ENCRYPT":
+            pairwise = self._pairwise(plan.cipher.pw_params, reply)
+            if self.keystore is not None:
+                self._sleep(SIGNING_PAUSE * self.time_scale)
+            if self._cipher_rounds(_before_training(pairwise)) is Status.RESTART:
+                return Status.RESTART
+            mask = self._unbroken(pairwise.mask, sum(base[name].size for name in names))
         self.plans.append(plan)
-        trained, loss = self.train(_copy(self.weights), plan)
+        trained, loss = self.train(_copy(base), plan)
         if not np.isfinite(loss):
             raise Fatal(Why.LOSS, f"loss {loss}")
-        return self._upload({name: trained[name] for name in names}, loss, accuracy) or self._get_model()
+        layers = {name: trained[name].astype(np.float32).reshape(-1) for name in names}
+        hidden = self._hidden(layers, base, plan.cipher, mask, reply)
+        if self._upload(hidden, loss, accuracy) is Status.RESTART:
+            return Status.RESTART
+        if pairwise and self._cipher_rounds(_after_upload(pairwise)) is Status.RESTART:
+            return Status.RESTART
+        status = self._get_model()
+        if status is Status.SUCCESS and plan.cipher.encrypt_type == "DP_ENCRYPT":
+            self._renew_clip(names, base, plan.cipher)
+        return status
 
-    def _upload(self, trained: Mapping[str, Array], loss: float, accuracy: float) -> Status | None:
-        """Return RESTART, or None if the upload counts."""
-        factor = np.float32(self.data_size)
+    def _pairwise(self, params: PWParams | None, reply: ResponseFLJob) -> Pairwise:
+        assert params is not None
+        if reply.upload_compress_type != 0:
+            raise NotModelled("compressed uploads with PW_ENCRYPT")
+        return Pairwise(self.fl_id, self.iteration, params, self.keystore)
+
+    def _cipher_rounds(self, steps: Sequence[Step]) -> Status:
+        for step in steps:
+            self._check_stop()
+            if self._cipher_round(step) is Status.RESTART:
+                return Status.RESTART
+        return Status.SUCCESS
+
+    def _cipher_round(self, step: Step) -> Status:
+        for _ in range(1 + MAX_REPEATS if step.polls else 1):
+            request = self._unbroken(step.request, str(self.clock()))
+            reply = self._ask(step.round, request, step.reply)
+            if reply is None:
+                return self._restart(str(self.clock() + round(SLEEP_TIME * 1000)), self.time_scale)
+            status = _status(reply.retcode, getattr(reply, "reason", step.round), polling=step.polls)
+            if status is Status.RESTART:
+                return self._restart(reply.next_req_time)
+            if status is Status.SUCCESS:
+                if step.take is not None:
+                    self._unbroken(step.take, reply, self.clock())
+                return status
+            self._sleep(SLEEP_TIME * self.time_scale)
+            self._check_stop()
+        raise Fatal(Why.PATIENCE, f"{step.round} of iteration {self.iteration}")
+
+    @staticmethod
+    def _unbroken(work: Callable[..., R], *arguments: Any) -> R:
+        try:
+            return work(*arguments)
+        except Broken as error:
+            raise Fatal(Why.SECRETS, error) from error
+
+    def _hidden(
+        self,
+        layers: Mapping[str, Array],
+        base: Mapping[str, Array],
+        cipher: CipherPublicParams,
+        mask: Array | None,
+        reply: ResponseFLJob,
+    ) -> dict[str, Any]:
+        """Return the fields of an updateModel that hold the weights."""
+        if cipher.encrypt_type == "SIGNDS":
+            return self._signed_positions(layers, base, cipher)
+        if mask is not None:
+            values = strict_cipher.masked(layers, self.data_size, mask)
+        elif cipher.encrypt_type == "DP_ENCRYPT":
+            assert cipher.dp_params is not None
+            epsilon, delta = (
+                float(np.float32(one)) for one in (cipher.dp_params.dp_eps, cipher.dp_params.dp_delta)
+            )
+            deviation = strict_cipher.sigma(epsilon, delta, self.clip)
+            values = strict_cipher.noisy(layers, base, self.data_size, self.clip, deviation, self._normal)
+        else:
+            values = {name: one * np.float32(self.data_size) for name, one in layers.items()}
+        if reply.upload_compress_type == 0:
+            return {"feature_map": tuple(FeatureMap(*item) for item in values.items())}
+        if reply.upload_compress_type != 1:
+            raise NotModelled(f"upload_compress_type {reply.upload_compress_type}")
+        count, rate = sum(one.size for one in values.values()), reply.upload_sparse_rate
+        chosen = strict_cipher.sparse_mask(self.iteration, count, rate)
+        return {
+            "compress_feature_map": strict_cipher.packed_update(values, base, self.data_size, chosen),
+            "upload_compress_type": 1,
+            "upload_sparse_rate": rate,
+            "name_vec": tuple(values),
+        }
+
+    def _signed_positions(
+        self, layers: Mapping[str, Array], base: Mapping[str, Array], cipher: CipherPublicParams
+    ) -> dict[str, Any]:
+        assert cipher.ds_params is not None
+        difference = np.concatenate([values - base[name] for name, values in layers.items()])
+        sign, draws = self._chance.choice((-1, 1)), (self._chance.random, self._chance.randrange)
+        told = self._unbroken(strict_cipher.positions, difference, sign, cipher.ds_params, *draws)
+        empty = tuple(FeatureMap(name, np.zeros(0, np.float32)) for name in layers)
+        return {"feature_map": empty, "sign": sign, "index_array": told}
+
+    def _normal(self, count: int) -> list[float]:
+        return [self._chance.gauss() for _ in range(count)]
+
+    def _renew_clip(
+        self, names: Sequence[str], base: Mapping[str, Array], cipher: CipherPublicParams
+    ) -> None:
+        """After the first iteration take what the global model has moved, times a factor; later only less."""
+        assert cipher.dp_params is not None
+        moved = strict_cipher.norm_of_step({name: base[name] for name in names}, self.weights)
+        clip = float(np.float32(cipher.dp_params.dp_norm_clip) * np.float32(moved))
+        if self.iteration == 1 or clip < self.clip:
+            self.clip = clip
+
+    def _upload(self, weights: Mapping[str, Any], loss: float, accuracy: float) -> Status:
+        """Return RESTART, or SUCCESS if the upload counts."""
         timestamp = str(self.clock())
         request = RequestUpdateModel(
             fl_name=self.fl_name,
@@ -415,19 +531,16 @@ class StrictDevice:
             timestamp=timestamp,
             signature=self.keystore.sign(f"{timestamp}{self.iteration}") if self.keystore else None,
             iteration=self.iteration,
-            feature_map=tuple(
-                FeatureMap(name, values.astype(np.float32).reshape(-1) * factor)
-                for name, values in trained.items()
-            ),
             upload_loss=loss,
             upload_accuracy=accuracy,
+            **weights,
         )
         reply = self._ask("updateModel", request, ResponseUpdateModel)
         if reply is None:
             return self._restart(str(self.clock() + round(SLEEP_TIME * 1000)), self.time_scale)
         if _status(reply.retcode, reply.reason) is Status.RESTART:
             return self._restart(reply.next_req_time)
-        return None
+        return Status.SUCCESS
 
     def _get_model(self) -> Status:
         for _ in range(1 + MAX_REPEATS):
@@ -497,10 +610,15 @@ class StrictDevice:
             raise Fatal(Why.PLAN, f"{plan.epochs} epochs, batches of {plan.mini_batch}")
         if plan.cipher is None:
             raise Fatal(Why.CIPHER, "absent")
-        if plan.cipher.encrypt_type in CIPHERS:
-            raise NotModelled(plan.cipher.encrypt_type)
-        if plan.cipher.encrypt_type not in (None, "", "NOT_ENCRYPT"):
+        if plan.cipher.encrypt_type not in (None, "", "NOT_ENCRYPT", *CIPHERS):
             raise Fatal(Why.CIPHER, repr(plan.cipher.encrypt_type))
+        params = {
+            "PW_ENCRYPT": plan.cipher.pw_params,
+            "DP_ENCRYPT": plan.cipher.dp_params,
+            "SIGNDS": plan.cipher.ds_params,
+        }
+        if params.get(plan.cipher.encrypt_type or "", plan.cipher) is None:
+            raise Fatal(Why.CIPHER, f"no parameters of {plan.cipher.encrypt_type}")
         self._learning_rate = plan.lr or self._learning_rate
         return replace(plan, lr=self._learning_rate)
 
@@ -514,6 +632,27 @@ class StrictDevice:
                 raise Fatal(Why.UNKNOWN_WEIGHT, f"{name!r} of {values.size} elements")
             self.weights[name] = values
         return [name for name, _ in received]
+
+
+def _before_training(pairwise: Pairwise) -> tuple[Step, ...]:
+    return (
+        Step("exchangeKeys", pairwise.exchange_keys, ResponseExchangeKeys),
+        Step("getKeys", pairwise.get_keys, ReturnExchangeKeys, pairwise.take_keys, polls=True),
+        Step("shareSecrets", pairwise.share_secrets, ResponseShareSecrets),
+        Step("getSecrets", pairwise.get_secrets, ReturnShareSecrets, pairwise.take_shares, polls=True),
+    )
+
+
+def _after_upload(pairwise: Pairwise) -> tuple[Step, ...]:
+    lists = Step("getClientList", pairwise.get_client_list, ReturnClientList, pairwise.take_list, polls=True)
+    report = Step("reconstructSecrets", pairwise.reconstruct_secrets, ReconstructSecret)
+    if pairwise.keystore is None:
+        return lists, report
+    push = Step("pushListSign", pairwise.push_list_sign, ResponseClientListSign)
+    signs = Step(
+        "getListSign", pairwise.get_list_sign, ReturnAllClientListSign, pairwise.take_list_signs, polls=True
+    )
+    return lists, push, signs, report
 
 
 def _status(code: int, reason: str | None, *, polling: bool = False) -> Status:
@@ -546,10 +685,7 @@ def _unpacked(reply: ResponseFLJob | ResponseGetModel) -> list[tuple[str, Array]
 def _plain(item: FeatureMap | CompressFeatureMap) -> Array | None:
     if isinstance(item, FeatureMap):
         return None if item.data is None else item.data.copy()
-    if item.compress_data is None:
-        return None
-    step = (item.max_val - item.min_val) / 255.0 + 1e-10
-    return ((item.compress_data.astype(np.float64) + 128.0) * step + item.min_val).astype(np.float32)
+    return None if item.compress_data is None else strict_cipher.restored(item)
 
 
 def _copy(weights: Mapping[str, Array]) -> dict[str, Array]:

@@ -3,6 +3,9 @@
 import ast
 import contextlib
 import gzip
+import hashlib
+import json
+import random
 import socket
 import threading
 import time
@@ -11,20 +14,41 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scripted_server as server
+import strict_cipher
 import strict_device
 from scripted_server import Script, ScriptedServer
+from strict_cipher import Broken, Pairwise
 from strict_device import Fatal, NotModelled, OkHttp, Status, StrictDevice, Why
 
-from fedcore.wire.codec import decode
+from fedcore.wire.codec import decode, encode
 from fedcore.wire.messages import (
     CipherPublicParams,
+    ClientPublicKeys,
+    ClientShare,
     CompressFeatureMap,
+    DPParams,
+    DSParams,
     FeatureMap,
+    PWParams,
+    ReconstructSecret,
+    RequestExchangeKeys,
     RequestFLJob,
     RequestGetModel,
+    RequestShareSecrets,
     RequestUpdateModel,
+    ResponseExchangeKeys,
+    ResponseShareSecrets,
+    ReturnClientList,
+    ReturnExchangeKeys,
+    ReturnShareSecrets,
+    SendReconstructSecret,
 )
 
+VECTORS = Path(__file__).parents[1] / "vectors"
+SECAGG, COMPRESSION, PRIVACY = (
+    json.loads((VECTORS / f"{name}.json").read_text()) for name in ("secagg", "compression", "privacy")
+)
+PRIME = bytes.fromhex(SECAGG["shamir"]["prime"])
 NOW = 1_800_000_000_000
 SOON, PAST = str(NOW + 4_000), str(NOW - 1)
 
@@ -36,8 +60,8 @@ class Device(StrictDevice):
         self.now = NOW
         self.slept = []
         self.script = Script(*answers)
-        options = {"fl_id": "device-1", "sleep": self.rest, "clock": lambda: self.now} | options
-        super().__init__("http://unused", train or self.add_one, 4, http=self.script, **options)
+        usual = {"fl_id": "device-1", "sleep": self.rest, "clock": lambda: self.now, "http": self.script}
+        super().__init__("http://unused", train or self.add_one, 4, **usual | options)
 
     def rest(self, seconds):
         self.slept.append(seconds)
@@ -139,10 +163,13 @@ def test_the_head_of_a_request():
     ]
 
 
-def test_it_knows_nothing_of_fedclient():
-    tree = ast.parse(Path(strict_device.__file__).read_text())
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not any((name or "").startswith("fedclient") for name in imported)
+@pytest.mark.parametrize("module", [strict_device, strict_cipher])
+def test_it_knows_nothing_of_our_devices_and_ciphers(module):
+    tree = ast.parse(Path(module.__file__).read_text())
+    imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    common = {"fedcore.errors", "fedcore.wire.codec", "fedcore.wire.messages"}
+    assert {name for name in imported if name.startswith("fed")} <= common
 
 
 # ---- the budget of refusals
@@ -361,12 +388,17 @@ def test_plans_that_cannot_be_followed(changes, why):
 
 
 @pytest.mark.parametrize("cipher", ["PW_ENCRYPT", "DP_ENCRYPT", "SIGNDS"])
-def test_what_the_original_can_and_the_model_cannot(cipher):
+def test_a_cipher_needs_its_parameters(cipher):
     plan = server.plan(cipher=CipherPublicParams(cipher))
-    with pytest.raises(NotModelled, match=cipher):
-        Device(server.started(fl_plan_config=plan)).run()
-    with pytest.raises(NotModelled):
-        Device(one(upload_compress_type=1)).run()
+    assert fatal(server.started(fl_plan_config=plan)) is Why.CIPHER
+
+
+def test_what_the_model_cannot():
+    with pytest.raises(NotModelled, match="upload_compress_type 2"):
+        Device(one(upload_compress_type=2)).run()
+    masks = server.plan(cipher=CipherPublicParams("PW_ENCRYPT", PWParams(2, prime=PRIME)))
+    with pytest.raises(NotModelled, match="with PW_ENCRYPT"):
+        Device(server.started(upload_compress_type=1, fl_plan_config=masks)).run()
 
 
 @pytest.mark.parametrize(
@@ -560,3 +592,434 @@ def test_elb_draws_a_port_per_request():
         with pytest.raises(OSError):
             http.post("getModel", b"x")
     assert set(drawn) == {6000, 6001, 6002}
+
+
+# ---- golden vectors
+
+
+def H(text):
+    return bytes.fromhex(text)
+
+
+def bits(values):
+    return [f"{word:08x}" for word in np.asarray(values, np.float32).view(np.uint32)]
+
+
+def test_keys_streams_and_seals():
+    known = SECAGG["agreement"]
+    private, public = H(known["a_private"]), H(known["b_public"])
+    assert strict_cipher.agreed(private, public).hex() == known["key_without_salt"]
+    assert strict_cipher.agreed(private, public, H(known["salt"])).hex() == known["key_with_salt"]
+    assert strict_cipher.public_of(private).hex() == known["a_public"]
+    known = SECAGG["stream"]
+    assert bits(strict_cipher.stream(H(known["key"]), H(known["iv"]), 8)) == known["floats"]
+    known = SECAGG["seal"]
+    wire = strict_cipher.sealed(H(known["key"]), H(known["iv"]), H(known["plain"]))
+    assert wire.hex() == known["sealed"]
+    assert strict_cipher.opened(H(known["key"]), wire) == H(known["plain"])
+
+
+def test_shares():
+    known = SECAGG["shamir"]
+    coefficients = [int(one, 16) for one in known["coefficients"]]
+    for case in known["secrets"]:
+        for index, share in case["shares"].items():
+            made = strict_cipher.share_of(
+                H(case["secret"]), coefficients, int(index), int(known["prime"], 16)
+            )
+            assert made.hex() == share
+    assert strict_cipher.share_of(bytes(32), [], 1, 97) == b"", "nothing stands for 0"
+
+
+CLIENT = SECAGG["client"]
+
+
+def bob():
+    """The device of the vectors, which has the others' keys and knows who has shared with it."""
+    device = Pairwise("bob", 4, PWParams(CLIENT["t"], prime=PRIME))
+    own = CLIENT["keys"]["bob"]
+    device.c, device.s, device.b = H(own["c_private"]), H(own["s_private"]), H(CLIENT["b"])
+    device.ind_iv, device.pw_iv, device.pw_salt = H(CLIENT["ind_iv"]), H(own["pw_iv"]), H(own["pw_salt"])
+    entries = [
+        ClientPublicKeys(
+            name, *(H(CLIENT["keys"][name][part]) for part in ("c_public", "s_public", "pw_iv", "pw_salt"))
+        )
+        for name in CLIENT["members"]
+    ]
+    device.take_keys(ReturnExchangeKeys(200, 4, tuple(entries)), NOW)
+    items = tuple(ClientShare(name, b"sealed") for name in CLIENT["sources"])
+    device.take_shares(ReturnShareSecrets(200, 4, items), NOW)
+    return device
+
+
+def test_a_mask():
+    assert bits(bob().mask(6)) == CLIENT["mask"]
+
+
+def test_the_shares_of_a_device():
+    device = bob()
+    drawn = iter([int(CLIENT["coefficients"][name], 16) for name in "sb"])
+    device._coefficients = lambda: [next(drawn)]
+    ivs = iter([H(CLIENT["sealed"][name])[:16] for name in ("alice", "carol")])
+    device._random = lambda count: next(ivs)
+    shares = device.share_secrets("1").encrypted_shares
+    assert {one.fl_id: one.share.hex() for one in shares} == CLIENT["sealed"]
+    assert {one.index for one in shares} == {0}
+    for name in ("alice", "carol"):
+        record = strict_cipher.opened(device._key_with(name), H(CLIENT["sealed"][name]))
+        assert record.hex() == CLIENT["records"][name]
+        s_share, b_share, *places = strict_cipher.read_record(record)
+        assert places == [{"alice": 1, "carol": 2}[name]] * 2
+        assert strict_cipher.record_of(s_share, b_share, places[0]) == record
+
+
+def test_a_word_of_ones_breaks_the_mask(monkeypatch):
+    class Ones:
+        def __init__(self, *_):
+            pass
+
+        def encryptor(self):
+            return self
+
+        def update(self, zeros):
+            return bytes(len(zeros) - 4) + b"\xff" * 4
+
+    monkeypatch.setattr(strict_cipher, "Cipher", Ones)
+    with pytest.raises(Broken, match="-1"):
+        strict_cipher.stream(bytes(32), bytes(16), 3)
+
+
+def test_layers_begin_at_the_masks_start():
+    layers = {"a": np.float32([1, 2, 3]), "b": np.float32([4])}
+    made = strict_cipher.masked(layers, 2, np.float32([0.5, 0, -1, 9]))
+    assert {name: values.tolist() for name, values in made.items()} == {"a": [2.5, 4, 5], "b": [8.5]}
+
+
+@pytest.mark.parametrize("record", [b"", b"\1\1\1", b"\1\1\1\1abc", b"\x80\0\0\0" + bytes(128)])
+def test_records_that_do_not_fit(record):
+    with pytest.raises(Broken, match="record"):
+        strict_cipher.read_record(record)
+
+
+def test_ids_are_compared_as_in_java():
+    assert strict_cipher.comes_after("b", "a") and not strict_cipher.comes_after("a", "a")
+    assert strict_cipher.comes_after("\uffff", "\U00010000"), "by UTF-16 units, where bytes say otherwise"
+
+
+def test_the_mask_of_positions():
+    for case in COMPRESSION["mask"]["cases"]:
+        made = strict_cipher.sparse_mask(case["seed"], case["n"], case["rate"])
+        if "mask" in case:
+            assert "".join("1" if one else "0" for one in made) == case["mask"]
+        else:
+            assert made.sum() == case["ones"]
+            assert hashlib.sha256(made.astype(np.uint8).tobytes()).hexdigest() == case["sha256_of_01_bytes"]
+
+
+def test_packed_weights():
+    known = COMPRESSION["download"]
+    item = CompressFeatureMap("a", np.int8(known["steps"]), known["low"], known["high"])
+    assert bits(strict_cipher.restored(item)) == known["restored_bits"]
+    known = COMPRESSION["upload_of_a_device"]
+    base, trained = {"a": np.float32(known["model"])}, {"a": np.float32(known["trained"]) * np.float32(3)}
+    chosen = np.array([one == "1" for one in known["mask"]])
+    (layer,) = strict_cipher.packed_update(trained, base, 3, chosen)
+    assert (layer.min_val, layer.max_val) == (known["low"], known["high"])
+    assert layer.compress_data.tolist() == known["steps"]
+    (layer,) = strict_cipher.packed_update(trained, base, 3, np.zeros(10, bool))
+    assert {"low": layer.min_val, "high": layer.max_val} == known["nothing_chosen"]
+    assert layer.compress_data.size == 0
+
+
+def test_the_deviation_of_noise():
+    for epsilon, delta, clip, sigma in PRIVACY["sigma"]["cases"]:
+        made = strict_cipher.sigma(*(float(np.float32(one)) for one in (epsilon, delta)), clip)
+        assert made == pytest.approx(sigma, rel=1e-12)
+
+
+def test_the_number_of_positions():
+    for ratio, top, size, epsilon, told, threshold in PRIVACY["positions"]["cases"]:
+        params = DSParams(sign_k=top / size * (1 + 1e-6), sign_eps=epsilon, sign_thr_ratio=ratio)
+        assert strict_cipher.dimensions(params, size) == (top, told, threshold)
+
+
+# ---- masked uploads
+
+
+class Peers:
+    """A server as a masked device meets it, with two other devices; ``answers`` hold what it says instead, by round."""
+
+    POLLED = ("getKeys", "getSecrets", "getClientList")
+
+    def __init__(self, polls=0, clients=("alice", "carol", "device-1"), **answers):
+        params = PWParams(2, prime=PRIME)
+        self.others = {name: Pairwise(name, 1, params) for name in ("alice", "carol")}
+        plan = server.plan(iterations=1, cipher=CipherPublicParams("PW_ENCRYPT", params))
+        self.plan, self.clients, self.answers = plan, clients, {k: list(v) for k, v in answers.items()}
+        self.polls = dict.fromkeys(self.POLLED, polls)
+        self.asked = []
+        self.update = self.report = None
+
+    def post(self, round_, body):
+        self.asked.append(round_)
+        if self.answers.get(round_):
+            answer = self.answers[round_].pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return 200, answer
+        if self.polls.get(round_):
+            self.polls[round_] -= 1
+            reply = {"getKeys": ReturnExchangeKeys, "getSecrets": ReturnShareSecrets}.get(
+                round_, ReturnClientList
+            )
+            return 200, encode(reply(retcode=201))
+        return 200, getattr(self, round_)(body)
+
+    def startFLJob(self, body):
+        return server.started(fl_plan_config=self.plan)
+
+    def exchangeKeys(self, body):
+        own = decode(RequestExchangeKeys, body)
+        asked = [one.exchange_keys("1") for one in self.others.values()]
+        self.keys = tuple(
+            ClientPublicKeys(one.fl_id, one.c_pk, one.s_pk, one.pw_iv, one.pw_salt) for one in (own, *asked)
+        )
+        for one in self.others.values():
+            one.take_keys(ReturnExchangeKeys(200, 1, self.keys), NOW)
+        return encode(ResponseExchangeKeys(retcode=200))
+
+    def getKeys(self, body):
+        return encode(ReturnExchangeKeys(200, 1, self.keys))
+
+    def shareSecrets(self, body):
+        shared = decode(RequestShareSecrets, body).encrypted_shares
+        self.dealt = {one.fl_id: one.share for one in shared}
+        return encode(ResponseShareSecrets(retcode=200))
+
+    def getSecrets(self, body):
+        shares = {
+            name: {share.fl_id: share.share for share in one.share_secrets("1").encrypted_shares}
+            for name, one in self.others.items()
+        }
+        for name, one in self.others.items():
+            got = [("device-1", bytes(self.dealt[name]))]
+            got += [(other, dealt[name]) for other, dealt in shares.items() if other != name]
+            items = tuple(ClientShare(*item) for item in got)
+            one.take_shares(ReturnShareSecrets(200, 1, items), NOW)
+        items = tuple(ClientShare(name, dealt["device-1"]) for name, dealt in shares.items())
+        return encode(ReturnShareSecrets(200, 1, items))
+
+    def updateModel(self, body):
+        self.update = decode(RequestUpdateModel, body)
+        return server.updated()
+
+    def getClientList(self, body):
+        return encode(ReturnClientList(retcode=200, clients=self.clients))
+
+    def reconstructSecrets(self, body):
+        self.report = decode(SendReconstructSecret, body)
+        return encode(ReconstructSecret(retcode=200))
+
+    def getModel(self, body):
+        return server.model()
+
+
+class Masked(Device):
+    def __init__(self, peers, **options):
+        super().__init__(http=peers, **options)
+
+
+MASKED_ROUNDS = [
+    *("startFLJob", "exchangeKeys", "getKeys", "shareSecrets", "getSecrets"),
+    *("updateModel", "getClientList", "reconstructSecrets", "getModel"),
+]
+
+
+def combined(shares):
+    """Return the secret that two shares (index, bytes) give."""
+    prime = int.from_bytes(PRIME)
+    (x, y), (v, w) = ((index, int.from_bytes(share)) for index, share in shares)
+    return (y * v * pow(v - x, -1, prime) + w * x * pow(x - v, -1, prime)) % prime
+
+
+def test_a_masked_job():
+    peers = Peers()
+    device = Masked(peers)
+    assert device.run() is Status.SUCCESS
+    assert (peers.asked, device.slept) == (MASKED_ROUNDS, [])
+    alice, carol = peers.others.values()
+    for one in (alice, carol):
+        one.take_list(ReturnClientList(200, clients=("alice", "device-1")), NOW)
+    told = {
+        one.fl_id: one
+        for other in (alice, carol)
+        for one in other.reconstruct_secrets("1").reconstruct_secret_shares
+    }
+    assert set(told) == {"alice", "carol", "device-1"}
+    # Its own secret b, from the others' shares, takes its own stream off; the masks with the others cancel theirs.
+    records = [(s[4], s[2]) for one in (alice, carol) for s in one._secrets if s[0] == "device-1"]
+    seed = combined(records).to_bytes(32)
+    ind_iv = decode(RequestExchangeKeys, device.exchanges[1].request).ind_iv
+    rest = {}
+    for name, values in zip(("b.bias", "a.weight"), peers.update.feature_map, strict=True):
+        assert values.weight_fullname == name
+        plain = (server.MODEL[name] + 1) * 4
+        size = plain.size
+        others = sum(
+            strict_cipher.stream(
+                strict_cipher.agreed(
+                    one.s, device_key(peers), alice.pw_salt if one is alice else carol.pw_salt
+                ),
+                one.pw_iv,
+                size,
+            )
+            for one in (alice, carol)
+        )
+        rest[name] = values.data - plain - others - strict_cipher.stream(seed, ind_iv, size)
+    assert max(np.abs(one).max() for one in rest.values()) < 1e-5, "device-1 is the greatest id, so it adds"
+
+
+def device_key(peers):
+    return peers.keys[0].s_pk
+
+
+def test_a_report_holds_one_share_of_each_owner():
+    peers = Peers(clients=("device-1", "carol"))
+    Masked(peers).run()
+    alice, carol = peers.others.values()
+    told = {one.fl_id: (one.index, bytes(one.share)) for one in peers.report.reconstruct_secret_shares}
+    others = {
+        name: next(s for s in one._secrets if s[0] == owner)
+        for one, name, owner in ((carol, "alice", "alice"), (alice, "carol", "carol"))
+        if one.take_list(ReturnClientList(200, clients=()), NOW) is None
+    }
+    assert combined([told["alice"], (others["alice"][3], others["alice"][1])]) == int.from_bytes(alice.s)
+    assert combined([told["carol"], (others["carol"][4], others["carol"][2])]) == int.from_bytes(carol.b)
+
+
+def test_each_poll_of_a_masked_job_waits_ten_seconds():
+    device = Masked(Peers(polls=18), time_scale=0.5)
+    assert device.run() is Status.SUCCESS
+    assert device.slept == [5.0] * 54
+    with pytest.raises(Fatal) as caught:
+        Masked(Peers(polls=19)).run()
+    assert caught.value.why is Why.PATIENCE
+
+
+REPLIES = {
+    "exchangeKeys": ResponseExchangeKeys,
+    "getKeys": ReturnExchangeKeys,
+    "shareSecrets": ResponseShareSecrets,
+    "getSecrets": ReturnShareSecrets,
+    "getClientList": ReturnClientList,
+    "reconstructSecrets": ReconstructSecret,
+}
+
+
+def masked_fatal(**answers):
+    with pytest.raises(Fatal) as caught:
+        Masked(Peers(**answers)).run()
+    return caught.value.why
+
+
+@pytest.mark.parametrize("round_", REPLIES)
+def test_how_each_cipher_round_ends_a_device(round_):
+    reply = REPLIES[round_]
+    assert masked_fatal(**{round_: [encode(reply(retcode=400))]}) is Why.CODE
+    assert masked_fatal(**{round_: [encode(reply(retcode=300, next_req_time=PAST))]}) is Why.NEXT_REQ_TIME
+    assert masked_fatal(**{round_: [encode(reply(retcode=300))]}) is Why.NEXT_REQ_TIME
+    assert masked_fatal(**{round_: [server.OVER]}) is Why.JOB_OVER
+    assert masked_fatal(**{round_: [server.INNER]}) is Why.NOT_A_TABLE
+    assert masked_fatal(**{round_: [OSError("reset")]}) is Why.IO
+    if round_ not in Peers.POLLED:
+        assert masked_fatal(**{round_: [encode(reply(retcode=201))]}) is Why.CODE_201
+
+
+@pytest.mark.parametrize("round_", REPLIES)
+def test_a_refusal_in_each_cipher_round(round_):
+    """The iteration is the last one, so the device ends after its wait."""
+    for answer, slept in (
+        (encode(REPLIES[round_](retcode=300, next_req_time=SOON)), 4.0),
+        (server.SAFEMODE, 10.0),
+    ):
+        device = Masked(Peers(**{round_: [answer]}))
+        assert device.run() is Status.RESTART
+        assert (device.slept, device.callbacks) == ([slept], [(1, 300)])
+
+
+def test_answers_that_break_a_masked_job():
+    few = (ClientPublicKeys("alice", b"\1" * 32, b"\2" * 32, bytes(16), bytes(32)),)
+    for answers in (
+        {"getKeys": [encode(ReturnExchangeKeys(200, 1))]},
+        {"getKeys": [encode(ReturnExchangeKeys(200, 1, few))]},  # one share, of which two give the secret
+        {"getSecrets": [encode(ReturnShareSecrets(200, 1))]},
+        {"getSecrets": [encode(ReturnShareSecrets(200, 1, ()))]},
+        {"getSecrets": [encode(ReturnShareSecrets(200, 1, (ClientShare("eve", bytes(96)),)))]},
+        {"getSecrets": [encode(ReturnShareSecrets(200, 1, (ClientShare("alice", bytes(95)),)))]},
+        {"getClientList": [encode(ReturnClientList(retcode=200))]},
+    ):
+        assert masked_fatal(**answers) is Why.SECRETS, answers
+
+
+# ---- noise, signs, compressed uploads
+
+
+def uploaded(device):
+    return decode(RequestUpdateModel, next(e.request for e in device.exchanges if e.round == "updateModel"))
+
+
+def one_of(cipher, **changes):
+    return server.started(fl_plan_config=server.plan(iterations=1, cipher=cipher), **changes)
+
+
+def test_noise():
+    cipher = CipherPublicParams("DP_ENCRYPT", dp_params=DPParams(50, 0.01, 0.5))
+    moved = {name: values + 3 for name, values in server.MODEL.items()}
+    device = Device(one_of(cipher), server.updated(), server.model(weights=moved))
+    device._normal = lambda count: [2.0] * count
+    device.run()
+    sigma, step = 0.125933817291993 * 0.05, 0.05 / 5**0.5
+    for item in uploaded(device).feature_map:
+        expected = (server.MODEL[item.weight_fullname] + step + 2 * sigma) * 4
+        np.testing.assert_allclose(item.data, expected, rtol=1e-6)
+    assert device.clip == pytest.approx(0.5 * (5 * 9) ** 0.5), "half of what the global model has moved"
+
+
+def test_the_clip_bound_only_falls_after_the_first_iteration():
+    cipher = CipherPublicParams("DP_ENCRYPT", dp_params=DPParams(50, 0.01, 1.0))
+    for moved, clip in ((3, 0.05), (0.01, 0.01 * 5**0.5)):
+        model = server.model(weights={name: values + moved for name, values in server.MODEL.items()})
+        plan = server.plan(iterations=2, cipher=cipher)
+        device = Device(server.started(2, fl_plan_config=plan), server.updated(), model)
+        device.run()
+        assert device.clip == pytest.approx(clip, rel=1e-4)
+
+
+def test_signs():
+    cipher = CipherPublicParams("SIGNDS", ds_params=DSParams(0.25, 100, 0.6, 0.1, 3))
+    base = {"a": np.zeros(40, np.float32)}
+    change = np.arange(40, dtype=np.float32)[::-1].copy()
+    start = one_of(cipher, feature_map=server.feature_map(base))
+    answers = start, server.updated(), server.model(weights=base)
+    device = Device(*answers, train=lambda weights, plan: ({"a": change}, 0.5))
+    device._chance = random.Random(3)
+    device.run()
+    update = uploaded(device)
+    assert [(one.weight_fullname, one.data.size) for one in update.feature_map] == [("a", 0)]
+    assert update.sign in (-1, 1) and len(update.index_array) == 3
+    top = update.index_array < 10 if update.sign == 1 else update.index_array >= 30
+    assert top.all(), "with an epsilon of 100 nearly all are of the top quarter"
+    assert update.index_array.tolist() == sorted(update.index_array.tolist())
+
+
+def test_compressed_uploads():
+    sparse = one(iteration=1, upload_compress_type=1, upload_sparse_rate=0.4)
+    device = Device(sparse, server.updated(), server.model())
+    device.run()
+    update = uploaded(device)
+    assert (update.upload_compress_type, update.name_vec) == (1, ("b.bias", "a.weight"))
+    assert update.upload_sparse_rate == np.float32(0.4)
+    assert update.feature_map is None
+    counts = [one.compress_data.size for one in update.compress_feature_map]
+    mask = strict_cipher.sparse_mask(1, 5, 0.4)
+    assert counts == [mask[:2].sum(), mask[2:].sum()] and sum(counts) == 2
