@@ -8,7 +8,7 @@
 
 BIN := .venv/bin
 INSTALL := @requirements/install.sh
-TESTERS ?= 3
+TESTERS ?= 4
 
 .PHONY: help demo test lab lab-full soak fuzz lint bench wheel ansible sample lock clean
 
@@ -22,7 +22,7 @@ demo: ## a federation of eleven processes learns to read handwriting in 15 s
 
 test: ## all tests
 	$(INSTALL) dev.lock torch.txt
-	@$(BIN)/python -m pytest -n $(TESTERS) --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -n $(TESTERS) --dist load --maxschedchunk 1 $(ARGS)
 
 lab: wheel ## a cluster on real systemd hosts of this machine: root only, 15 minutes
 	$(INSTALL) dev.lock ansible.lock

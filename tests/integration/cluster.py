@@ -282,8 +282,15 @@ class Cluster:
 
     @staticmethod
     def command(daemon: str) -> tuple[str, ...]:
-        """Return how to start a daemon with this interpreter."""
-        return (sys.executable, "-c", f"from fldaemons.{daemon} import main; main()")
+        """Return how to start a daemon with this interpreter.
+
+        Garbage is collected from the first line of the daemon's own on: what looks through modules while they are
+        imported finds nothing, and is a sixth of the time that a start takes. A test run starts hundreds of daemons.
+        """
+        start = (
+            f"import gc; gc.disable(); from fldaemons.{daemon} import main; gc.freeze(); gc.enable(); main()"
+        )
+        return (sys.executable, "-c", start)
 
     def wait_listening(self, port: int, name: str) -> None:
         """Wait until a daemon's admin listener is up."""

@@ -88,7 +88,7 @@ class Followers:
             with suppress(OSError, http.client.HTTPException):
                 if self._follows(ask_model(self._fleet, n)):
                     return time.monotonic()
-            threading.Event().wait(0.002)
+            threading.Event().wait(0.01)
         return float("inf")
 
     def delays(self, since: float, what: str) -> dict[int, float]:

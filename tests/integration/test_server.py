@@ -114,12 +114,13 @@ class TestAnIteration:
             assert cluster.post("/startFLJob", body) == (200, text)
 
 
-class TestRefusals:
+class Refusals:
     """Each gets the protocol's own answer and changes nothing else."""
 
     @pytest.fixture(autouse=True)
-    def nothing_else_changes(self, cluster: Cluster) -> Iterator[None]:
-        self.cluster = cluster
+    def nothing_else_changes(self, refusing: Cluster) -> Iterator[None]:
+        self.cluster = cluster = refusing
+        self.now = cluster.model(0).iteration
         yield
         cluster.start("honest-1"), cluster.start("honest-2")
         number = cluster.start("honest-1").iteration
@@ -131,6 +132,18 @@ class TestRefusals:
         status, answer = self.cluster.post(path, body)
         assert status == 200
         return codec.decode(reply, answer)
+
+
+class TestRefusals(Refusals):
+    """One server refuses all, an iteration each."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def refusing(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+        with Cluster(tmp_path_factory.mktemp("refusals")) as cluster:
+            cluster.start_redis()
+            cluster.start_server()
+            yield cluster
 
     @pytest.mark.parametrize("body", [b"\0", b"\xff" * 64, b"GET / HTTP/1.1\r\n\r\n"])
     def test_bodies_that_are_no_tables(self, body: bytes) -> None:
@@ -162,6 +175,63 @@ class TestRefusals:
         assert (reply.retcode, reply.reason, reply.is_selected) == (300, reason, False)
         assert future(reply.next_req_time)
         assert self.cluster.metric('fl_iteration_clients{round="startFLJob"}') == 0
+
+    @pytest.mark.parametrize(
+        "weights",
+        [
+            {"unknown": [1.0]},
+            {**filled(1.0), "unknown": [1.0]},
+            {"b.bias": [1.0, 2.0, 3.0]},
+            {"b.bias": [1.0]},
+            {"b.bias": [float("nan"), 0.0]},
+            {"b.bias": [float("inf"), 0.0]},
+            {},
+        ],
+    )
+    def test_weights_that_do_not_fit(self, weights: dict) -> None:
+        self.cluster.start("honest-1")
+        reply = self.cluster.update("honest-1", self.now, weights)
+        assert reply.retcode == 400
+        assert reply.reason == f"Verify model feature map failed, retry later at time: {reply.next_req_time}"
+        assert future(reply.next_req_time)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"fl_id": None},
+            {"timestamp": None},
+            {"feature_map": None},
+            {"feature_map": (FeatureMap("b.bias", None),)},
+            {"feature_map": (FeatureMap(None, np.float32([1, 1])),)},
+            {"upload_loss": float("nan")},
+            {"upload_accuracy": float("inf")},
+            {"upload_compress_type": 1},
+        ],
+    )
+    def test_updates_without_a_part(self, fields: dict) -> None:
+        self.cluster.start("honest-1")
+        whole = {
+            "fl_name": "job",
+            "fl_id": "honest-1",
+            "iteration": self.now,
+            "timestamp": "1",
+            "feature_map": (FeatureMap("b.bias", np.float32([1, 1])),),
+        }
+        reply = self.raw(
+            "/updateModel", codec.encode(RequestUpdateModel(**whole | fields)), ResponseUpdateModel
+        )
+        assert (reply.retcode, reply.reason) == (
+            400,
+            "Verify flatbuffers schema failed for RequestUpdateModel.",
+        )
+
+
+class TestRefusedClients(Refusals):
+    """They may have a place kept for the next iteration, so each has a server of its own."""
+
+    @pytest.fixture
+    def refusing(self, cluster: Cluster) -> Cluster:
+        return cluster
 
     def test_more_clients_than_places(self) -> None:
         assert [self.cluster.start(fl_id).retcode for fl_id in ("a", "b")] == [200, 200]
@@ -195,55 +265,6 @@ class TestRefusals:
         start = "UpdateModel iteration number is invalid:7, current iteration:1, Retry later at time: "
         assert reply.reason.startswith(start)
         assert reply.reason.endswith(f"{reply.next_req_time}, fl id is honest-1")
-
-    @pytest.mark.parametrize(
-        "weights",
-        [
-            {"unknown": [1.0]},
-            {**filled(1.0), "unknown": [1.0]},
-            {"b.bias": [1.0, 2.0, 3.0]},
-            {"b.bias": [1.0]},
-            {"b.bias": [float("nan"), 0.0]},
-            {"b.bias": [float("inf"), 0.0]},
-            {},
-        ],
-    )
-    def test_weights_that_do_not_fit(self, weights: dict) -> None:
-        self.cluster.start("honest-1")
-        reply = self.cluster.update("honest-1", 1, weights)
-        assert reply.retcode == 400
-        assert reply.reason == f"Verify model feature map failed, retry later at time: {reply.next_req_time}"
-        assert future(reply.next_req_time)
-
-    @pytest.mark.parametrize(
-        "fields",
-        [
-            {"fl_id": None},
-            {"timestamp": None},
-            {"feature_map": None},
-            {"feature_map": (FeatureMap("b.bias", None),)},
-            {"feature_map": (FeatureMap(None, np.float32([1, 1])),)},
-            {"upload_loss": float("nan")},
-            {"upload_accuracy": float("inf")},
-            {"upload_compress_type": 1},
-        ],
-    )
-    def test_updates_without_a_part(self, fields: dict) -> None:
-        self.cluster.start("honest-1")
-        whole = {
-            "fl_name": "job",
-            "fl_id": "honest-1",
-            "iteration": 1,
-            "timestamp": "1",
-            "feature_map": (FeatureMap("b.bias", np.float32([1, 1])),),
-        }
-        reply = self.raw(
-            "/updateModel", codec.encode(RequestUpdateModel(**whole | fields)), ResponseUpdateModel
-        )
-        assert (reply.retcode, reply.reason) == (
-            400,
-            "Verify flatbuffers schema failed for RequestUpdateModel.",
-        )
 
     def test_late_uploads(self) -> None:
         self.cluster.start("a"), self.cluster.start("b")

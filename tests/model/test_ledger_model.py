@@ -428,7 +428,7 @@ class World:
             total.add(partial, keep=True)
         made = FedAvg().finish(Total(Spans(MODEL), total.sums, total.sizes, 0, 0), previous.__getitem__)
         model = {**previous, **dict(made)}
-        sums, sizes, _ = plain_sum([self.devices[fl_id] for fl_id in self.shared.uploads])
+        sums, sizes, _ = plain_sum(tuple(self.devices[fl_id] for fl_id in self.shared.uploads))
         for (name, span), size in zip(Spans(MODEL), sizes.tolist(), strict=True):
             expected = sums[span] / size if size else previous[name]
             scale = max(1.0, float(abs(sums[span]).max()) / max(size, 1))

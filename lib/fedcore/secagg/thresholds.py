@@ -1,11 +1,15 @@
-"""How many clients complete each cipher round: products in float32, as the protocol has them."""
+"""How many clients complete each cipher round: products in float32, as the protocol has them.
+
+Without numpy: every reader of a configuration asks here, and most of them have no other use for it.
+"""
 
 from __future__ import annotations
 
 import math
+import struct
 from typing import NamedTuple
 
-import numpy as np
+_FLOAT32 = struct.Struct("<f")
 
 
 class Thresholds(NamedTuple):
@@ -52,7 +56,8 @@ def of(
     Raises:
         ValueError: a number is out of range.
     """
-    if start_threshold < 1 or update_threshold < 1 or t < 1 or not 0 < np.float32(share_secrets_ratio) <= 1:
+    in_range = 0 < share_secrets_ratio < 2 and 0 < _single(share_secrets_ratio) <= 1
+    if start_threshold < 1 or update_threshold < 1 or t < 1 or not in_range:
         raise ValueError("thresholds must be at least 1, and a ratio above 0 and at most 1")
     exchange = max(_part(start_threshold, share_secrets_ratio), update_threshold)
     get_keys = max(_part(exchange, share_secrets_ratio), update_threshold)
@@ -65,5 +70,11 @@ def of(
 
 
 def _part(count: int, ratio: float) -> int:
-    """Return the ceiling of a product in float32."""
-    return math.ceil(np.float32(count) * np.float32(ratio))
+    """Return the ceiling of a product in float32; in double precision it is exact, so that it is rounded once."""
+    return math.ceil(_single(_single(count) * _single(ratio)))
+
+
+def _single(value: float) -> float:
+    """Return the nearest number that float32 has."""
+    (rounded,) = _FLOAT32.unpack(_FLOAT32.pack(value))
+    return float(rounded)

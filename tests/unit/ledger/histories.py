@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from itertools import count
 from typing import Any
 from unittest.mock import patch
@@ -144,7 +144,8 @@ def reading_of(request: RequestUpdateModel, decoder: int) -> Reading:
     return sparse_reading(request, pattern, BASE, "", 1.0)
 
 
-def meant(device: Device) -> dict[str, Floats]:
+@cache
+def meant(device: Device) -> Mapping[str, Floats]:
     """What a device's update stands for, worked out value by value: name -> float32[n], times the data size."""
     request = codec.decode(RequestUpdateModel, body_of(device))
     size = np.float32(device.data_size)
@@ -171,15 +172,22 @@ def meant(device: Device) -> dict[str, Floats]:
     return {name: data for name, data in named if data is not None}
 
 
+@cache
+def _sent_by(device: Device) -> Update:
+    """A device's update, as the server reads it."""
+    return read(body_of(device), device.data_size, device.eval_data_size, device.form)
+
+
+@lru_cache(maxsize=4096)
 def plain_sum(
-    devices: Sequence[Device],
+    devices: tuple[Device, ...],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint64], Totals]:
     """The definition of what a ledger holds: updates added one after another, in float64."""
     sums = {weight.name: np.zeros(weight.size, np.float64) for weight in MODEL.aggregated}
     sizes = dict.fromkeys(sums, 0)
     data, evaluated, loss, accuracy = 0, 0, 0.0, 0.0
     for device in devices:
-        update = read(body_of(device), device.data_size, device.eval_data_size, device.form)
+        update = _sent_by(device)
         for name, values in meant(device).items():
             if name in sums:
                 sums[name] = sums[name] + values.astype(np.float64)
@@ -197,7 +205,7 @@ def assert_holds(partial: Partial, expected: Mapping[str, Device]) -> None:
     by_hash = {layout.client_hash(fl_id): device for fl_id, device in expected.items()}
     assert len(set(partial.clients)) == len(partial.clients), "a client is in the sum twice"
     assert set(partial.clients) == set(by_hash)
-    sums, sizes, totals = plain_sum([by_hash[client] for client in partial.clients])
+    sums, sizes, totals = plain_sum(tuple(by_hash[client] for client in partial.clients))
     assert partial.sums.tobytes() == sums.tobytes()
     assert partial.sizes.tolist() == sizes.tolist()
     assert partial.totals == totals
@@ -239,6 +247,9 @@ class History:
         self.served: list[Served] = []
         self.open: deque[tuple[Slot, Device, bool, Served]] = deque()  # asked, reply lost; whether it counts
         self.unused: list[Slot] = []  # merged, not given back yet
+        self.proved: set[tuple[bytes, Epoch, frozenset[Device]]] = (
+            set()
+        )  # what need not be recovered once more
         self.began()
 
     @property
@@ -341,6 +352,8 @@ class History:
     def check(self, content: bytes | bytearray, moments: Sequence[int], served: Served | None) -> None:
         """Recover what a crash left.
 
+        A recovery depends on the bytes, the epoch and the counted devices alone: the same three are tried once.
+
         Args:
             content: of the file.
             moments: positions in the account that the crash may have come at.
@@ -356,10 +369,14 @@ class History:
         for moment in moments:
             counted = {device.fl_id: device for position, device in served.counted if position < moment}
             answered = {device.fl_id for position, device in served.answered if position < moment}
+            assert answered <= set(counted)
+            case = (bytes(content), served.epoch, frozenset(counted.values()))
+            if case in self.proved:
+                continue
             partial, lost = recover(Held(content), served.epoch, counted)
             assert not lost
-            assert answered <= set(counted)
             assert_holds(partial, counted)
+            self.proved.add(case)
 
 
 def recover(storage: Tracing, epoch: Epoch, counted: Mapping[str, Device]) -> tuple[Partial, list[str]]:
