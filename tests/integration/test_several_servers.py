@@ -171,6 +171,29 @@ def test_a_stopped_server_finishes_and_hands_over(tmp_path: Path, hosts: dict[in
         assert fleet.metric(LOST) == 0
 
 
+def test_a_stopping_server_holds_a_device_that_was_refused_before(tmp_path: Path) -> None:
+    """A second refusal would end an old device."""
+    settings = {"device": {"hold_time": 8.0, "retry_margin": 0.2}}
+    with fleet_of(tmp_path, {0: 0, 1: 0}, places=2, fedcore=settings) as fleet, Run(fleet, probes=False) as run:
+        run.start_all(range(2), server=0)
+        assert not run.client(2).start(0)
+        got: list[bool] = []
+        held = threading.Thread(target=lambda: got.append(run.client(2).start(1)), daemon=True)
+        held.start()
+        wait_until(lambda: fleet.metric("fl_device_connections", [1]) == 1, "it asks")
+        stopping = threading.Thread(target=lambda: fleet.kill(1, signal.SIGTERM), daemon=True)
+        stopping.start()
+        wait_until(lambda: fleet.at(1).get_http(fleet.at(1).admin, "/livez") is None, "it stops listening")
+        assert not got
+        run.upload(range(2))
+        held.join(8)
+        assert got == [True]
+        told = run.journal.answered[-1]
+        assert (told.server, told.serving, told.placed) == (1, 2, True)
+        stopping.join(8)
+        assert not stopping.is_alive()
+
+
 @HOSTS
 def test_an_idle_server_stops_soon(tmp_path: Path, hosts: dict[int, int]) -> None:
     with fleet_of(tmp_path, hosts, places=2) as fleet, Run(fleet) as run:

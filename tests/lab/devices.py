@@ -46,6 +46,7 @@ GLOBAL_WINDOW_MS = 600_000
 STRICT_TRAINING_S = 0.1
 STRICT_TIME_SCALE = 0.5  # polls every 5 s instead of 10: patience of 90 s with a model that is late
 STRICT_PATIENCE_S = 30.0
+TRAIL = 6  # questions of a device that gave up, which are told
 
 Address = tuple[str, int]
 
@@ -172,6 +173,27 @@ class History(Protocol):
 # ---- the devices
 
 
+@dataclass(frozen=True)
+class End:
+    """An unmodified device that gave up.
+
+    Attributes:
+        why: in its words.
+        asked: the last that it asked, oldest first.
+    """
+
+    why: str
+    asked: Sequence[Asked]
+
+    def __str__(self) -> str:
+        trail = (
+            f"{entry.began - self.asked[-1].at:.1f} s {entry.round} {entry.code or 'a text'}"
+            + ("" if entry.told is None else f" come in {entry.told:.1f} s")
+            for entry in self.asked
+        )
+        return f"{self.why} ({', '.join(trail)})"
+
+
 @dataclass
 class Seen:
     """What devices saw of one fault, and what it cost.
@@ -187,7 +209,7 @@ class Seen:
         repeats: requests that had to be sent again, their connection being broken or refused.
         texts: answers that said "not ready, come again".
         told: least and greatest time, seconds, after which refused clients were told to come back.
-        ends: why unmodified devices ended.
+        ends: the unmodified devices that gave up.
         acknowledged: updates that were answered with 200.
         lost: updates that the servers told to be lost.
         missing: acknowledged updates that are in no model; the others among the lost were sent once more.
@@ -203,7 +225,7 @@ class Seen:
     repeats: int = 0
     texts: int = 0
     told: tuple[float, float] = (math.inf, -math.inf)
-    ends: Sequence[str] = ()
+    ends: Sequence[End] = ()
     acknowledged: int = 0
     lost: int = 0
     missing: int = 0
@@ -228,7 +250,7 @@ class Seen:
 
     def __str__(self) -> str:
         failed = f", failed: {dict(self.failed)}" if self.failed else ""
-        ends = f"; unmodified devices ended: {'; '.join(self.ends)}" if self.ends else ""
+        ends = f"; unmodified devices ended: {'; '.join(map(str, self.ends))}" if self.ends else ""
         least, most = self.told
         told = f", refused for {least:.1f} to {most:.1f} s" if most > least else ""
         return (
@@ -251,7 +273,7 @@ class Devices(Crowd):
 
     Attributes:
         at: the servers.
-        ends: why unmodified devices ended; each was started again.
+        ends: the unmodified devices that gave up; each was started again.
     """
 
     def __init__(
@@ -265,7 +287,7 @@ class Devices(Crowd):
         self.at = AddressedServers(addresses, tls)
         super().__init__(self.at, clients=ROVING, seed=seed, every=PROBE_S, patience=PATIENCE_S, rest=REST_S)
         self.history = history
-        self.ends: list[str] = []
+        self.ends: list[End] = []
         if balancer is not None:
             behind = AddressedServers([balancer], tls, one_process=False)
             client = RovingClient(behind, self.journal, ROVING, seed, PATIENCE_S, self.turnstile)
@@ -294,7 +316,8 @@ class Devices(Crowd):
             except Fatal as end:
                 if http.over.is_set():
                     raise
-                self.ends.append(str(end))
+                asked = [entry for entry in self.journal.asked if entry.client == number]
+                self.ends.append(End(str(end), asked[-TRAIL:]))
 
         self.add(f"unmodified device {number}", take_part, http)
 
@@ -303,6 +326,9 @@ class Devices(Crowd):
     def judge(self, *, lost: int | None = None, **options: Any) -> Report:
         """Judge all that was seen since the devices began; see ``oracle.judge``.
 
+        Training goes on: the servers may tell the end of an iteration whose model nobody has asked for yet. It is
+        judged the next time. Whoever gets a place has got the model before, so the iterations until then are known.
+
         Args:
             lost: how many updates may be lost; None for those that the servers told.
             options: of ``oracle.judge``.
@@ -310,9 +336,8 @@ class Devices(Crowd):
         self.check_clients()
         journal = self.journal.copy()  # before the outcomes, so that none is missing for what is in it
         told = self._lost() if lost is None else lost
-        return judge(
-            journal, self.history.outcomes(), lost=told, after=self._first_iteration() - 1, **options
-        )
+        ended = {n: outcome for n, outcome in self.history.outcomes().items() if n <= journal.newest()}
+        return judge(journal, ended, lost=told, after=self._first_iteration() - 1, **options)
 
     @contextmanager
     def watched(self, what: str) -> Iterator[Seen]:

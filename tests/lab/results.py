@@ -47,7 +47,7 @@ def row_of(seen: Seen) -> str:
         iterations += f", {len(seen.failed)} without a model ({reasons})"
     lost = str(seen.lost) if not seen.lost else f"{seen.lost}, {seen.missing} in no model"
     if seen.ends:
-        lost += f"; unmodified devices gave up: {', '.join(sorted(set(seen.ends)))}"
+        lost += f"; unmodified devices gave up: {', '.join(sorted({end.why for end in seen.ends}))}"
     cells = [
         seen.what,
         f"{seen.silence:.1f} s",

@@ -511,7 +511,7 @@ class Server:
         self, ledger: LedgerFile, slot: Slot, instance: str, number: int, attempt: int
     ) -> tuple[str, int, str]:
         epoch, key = self.intake_epoch, key_of(slot.update.client)
-        if key not in ledger.updates:
+        if slot.update.number == number and key not in ledger.updates:
             ledger.release(slot)
             ledger.record(slot)
         word, count, holder = await self.ask_to_count(ledger, slot.update, instance, number, attempt)

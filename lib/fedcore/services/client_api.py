@@ -163,8 +163,12 @@ class ClientApi:
                 if await self.settled(error, seen, until):
                     continue
                 selection = Selection.FULL
-            full = selection is Selection.RESERVED or (selection is Selection.FULL and self._complete)
-            if full and await self._moved_on(seen, until):
+            if selection is Selection.RESERVED:
+                # Another refusal ends an old device: it is held even by a server that is about to stop.
+                left = max(0.0, until - self._reactor.seconds())
+                if await self.driver.moved_on(seen, left, to_the_end=True):
+                    continue
+            if selection is Selection.FULL and self._complete and await self._moved_on(seen, until):
                 continue
             verdict = admission.judge_start(selection, request.fl_id, fault)
             changed = seen[0] != self.driver.iteration.number or not self.driver.serving

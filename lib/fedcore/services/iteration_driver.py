@@ -168,15 +168,18 @@ class IterationDriver(Service):
             self.course.uploaded(self._reactor.seconds())
             self.note(core.UploadCounted(number, attempt, count))
 
-    async def moved_on(self, seen: tuple[int, int], seconds: float) -> bool:
+    async def moved_on(self, seen: tuple[int, int], seconds: float, *, to_the_end: bool = False) -> bool:
         """Wait until another iteration or attempt than ``seen`` is served; tell whether it is, in so many seconds.
 
-        Whoever waits while Redis is away goes on as soon as this server can take part again.
+        Whoever waits while Redis is away goes on as soon as this server can take part again. A server that is about
+        to stop waits no longer, unless ``to_the_end``.
         """
         away = not self._redis.available
-        return await self.held_until(
-            lambda: (self.serving and self.where != seen) or (away and self.joined), seconds
-        )
+
+        def moved() -> bool:
+            return (self.serving and self.where != seen) or (away and self.joined)
+
+        return await (self.until if to_the_end else self.held_until)(moved, seconds)
 
     async def store_back(self, seconds: float) -> bool:
         """Wait until this server can take part again, at most so many seconds; tell whether it can."""
