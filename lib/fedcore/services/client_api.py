@@ -163,12 +163,7 @@ class ClientApi:
                 if await self.settled(error, seen, until):
                     continue
                 selection = Selection.FULL
-            if selection is Selection.RESERVED:
-                # Another refusal ends an old device: it is held even by a server that is about to stop.
-                left = max(0.0, until - self._reactor.seconds())
-                if await self.driver.moved_on(seen, left, to_the_end=True):
-                    continue
-            if selection is Selection.FULL and self._complete and await self._moved_on(seen, until):
+            if await self._held(selection, seen, until):
                 continue
             verdict = admission.judge_start(selection, request.fl_id, fault)
             changed = seen[0] != self.driver.iteration.number or not self.driver.serving
@@ -260,6 +255,14 @@ class ClientApi:
         if selection is Selection.KNOWN and await self._left_out(cluster, number, request.fl_id):
             return Selection.RESERVED
         return selection
+
+    async def _held(self, selection: Selection, seen: tuple[int, int], until: float) -> bool:
+        """Hold a device that there is no place for, if one is near; tell whether another iteration has begun meanwhile."""
+        if selection is Selection.RESERVED:
+            # Another refusal ends an old device: it is held even by a server that is about to stop.
+            left = max(0.0, until - self._reactor.seconds())
+            return await self.driver.moved_on(seen, left, to_the_end=True)
+        return selection is Selection.FULL and self._complete and await self._moved_on(seen, until)
 
     async def _left_out(self, cluster: ClusterState, number: int, fl_id: str) -> bool:
         """Tell whether a client that has a place in an iteration with masks can do nothing more in it.
