@@ -257,7 +257,7 @@ class ClientApi:
         return selection
 
     async def _held(self, selection: Selection, seen: tuple[int, int], until: float) -> bool:
-        """Hold a device that there is no place for, if one is near; tell whether another iteration has begun meanwhile."""
+        """Hold a device that there is no place for, if one is near; tell whether there is another iteration now."""
         if selection is Selection.RESERVED:
             # Another refusal ends an old device: it is held even by a server that is about to stop.
             left = max(0.0, until - self._reactor.seconds())
