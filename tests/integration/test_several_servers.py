@@ -174,7 +174,10 @@ def test_a_stopped_server_finishes_and_hands_over(tmp_path: Path, hosts: dict[in
 def test_a_stopping_server_holds_a_device_that_was_refused_before(tmp_path: Path) -> None:
     """A second refusal would end an old device."""
     settings = {"device": {"hold_time": 8.0, "retry_margin": 0.2}}
-    with fleet_of(tmp_path, {0: 0, 1: 0}, places=2, fedcore=settings) as fleet, Run(fleet, probes=False) as run:
+    with (
+        fleet_of(tmp_path, {0: 0, 1: 0}, places=2, fedcore=settings) as fleet,
+        Run(fleet, probes=False) as run,
+    ):
         run.start_all(range(2), server=0)
         assert not run.client(2).start(0)
         got: list[bool] = []

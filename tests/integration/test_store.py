@@ -688,6 +688,15 @@ class TestAccept:
         ready.run(ready.state.nodes_are_back(run_id, "node-1", ["node-1"]))
         assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
 
+    def test_updates_wait_for_those_who_may_know_an_older_instance(self, ready: Shared) -> None:
+        ready.run(ready.state.await_founders())
+        with pytest.raises(OthersAwaited):
+            ready.accept("a")
+        assert ready.run(ready.state.roll()) == Roll(frozenset(), frozenset()), "no judgement waits for them"
+        awaited = ready.state.keys.awaited(ready.state.redis.run_id)
+        ready.command("HINCRBY", awaited, keys.FOUNDERS, -1600)
+        assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
+
     def test_a_sealed_iteration_takes_back_what_redis_forgot(self, ready: Shared) -> None:
         """Asked again by the server whose answer was lost: its client may know by another one that it counts."""
         ready.accept("a")

@@ -16,7 +16,7 @@ from typing import Any
 from fedcore.core.client_key import client_key
 from fedcore.core.iteration import MADE, Iteration, Phase
 from fedcore.core.job import RunningState
-from fedcore.store.keys import DOUBT_S, HEARTBEAT_TTL_S, REVOKED
+from fedcore.store.keys import DOUBT_S, FOUNDERS, HEARTBEAT_TTL_S, REVOKED
 
 key_of = lru_cache(client_key)
 RUNNING = RunningState.RUNNING
@@ -300,7 +300,7 @@ class SharedState:
         """read_awaited.lua: who is back, who is awaited, and whether all are on the list."""
         known = self.awaited.get(run, {})
         back = {node for node, since in known.items() if since == float("-inf")}
-        awaited = {node for node, since in known.items() if self.clock() - since < DOUBT_S}
+        awaited = {node for node, since in known.items() if self.clock() - since < DOUBT_S} - {FOUNDERS}
         return back, awaited, self.listed is not None and self.clock() - self.listed >= HEARTBEAT_TTL_S
 
     # ---- members and ledgers

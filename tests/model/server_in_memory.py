@@ -53,6 +53,7 @@ from fedcore.services.terms import ledger_shape
 from fedcore.services.unmasking import Unmasking
 from fedcore.services.update_intake import UpdateIntake
 from fedcore.store.cluster_state import CIPHER_ROUNDS
+from fedcore.store.keys import FOUNDERS
 from fedcore.store.redis import Argument
 from fedcore.wire import codec
 from fedcore.wire.arrays import Layout, Weight
@@ -377,7 +378,11 @@ class RecordedStore(Store):
     def _read_awaited(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
         nodes = self.awaited.get(keys[0], {})
         back = [node.encode() for node, since in nodes.items() if since == _BACK]
-        awaited = [node.encode() for node, since in nodes.items() if self.clock() - since < words[0]]
+        awaited = [
+            node.encode()
+            for node, since in nodes.items()
+            if node != FOUNDERS and self.clock() - since < words[0]
+        ]
         listed = state.listed is not None and self.clock() - state.listed >= words[1]
         return [back, awaited, int(listed)]
 

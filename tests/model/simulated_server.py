@@ -22,7 +22,7 @@ from model.kernel import Answered, Lost, PeerGone, Promise, Refused, Replaced, p
 from fedcore.core import iteration as core
 from fedcore.core.iteration import Iteration, Phase
 from fedcore.core.job import RunningState
-from fedcore.store.keys import ANYBODY, REVOKED
+from fedcore.store.keys import ANYBODY, FOUNDERS, REVOKED
 
 if TYPE_CHECKING:
     from model.simulation import Making
@@ -1162,7 +1162,10 @@ class Server:
             await self.connected()
             if self.cluster is not None:
                 return
-            instance = await self.ask("claim_instance", self.world.new_instance_name())
+            proposed = self.world.new_instance_name()
+            instance = await self.ask("claim_instance", proposed)
+            if instance == proposed and first > 1:
+                await self.ask("await_nodes", instance, self.run_of_conn, FOUNDERS, ())
             await self.ask(
                 "create_status",
                 instance,

@@ -67,6 +67,8 @@ async def join(
     ttl = job_ttl(settings.round.global_iteration_time_window)
     instance = await claim_instance(redis, settings.fl_name, proposed, ttl)
     cluster = ClusterState(redis, settings.fl_name, instance, settings.round.global_iteration_time_window)
+    if instance == proposed and first > 1:
+        await cluster.await_founders()
     settings = await _agree_on_values(cluster, settings)
     await _agree_on_model(cluster, layout)
     running = RunningState.FINISH if first > settings.fl_iteration_num else RunningState.RUNNING

@@ -327,6 +327,14 @@ class ClusterState:
         word: bytes = await self.redis.script("await_nodes", [self.keys.awaited(run_id)], arguments)
         return word.decode()
 
+    async def await_founders(self) -> None:
+        """Have no update counted in this instance for HOLD_OFF_S: living servers may know an older one.
+
+        For a server that makes an instance of a job that is under way. Redis has lost its data; who lives still brings
+        the older instance back, and an update that was counted in this one would be lost with it.
+        """
+        await self.await_nodes(self.redis.run_id, keys.FOUNDERS, ())
+
     async def nodes_are_back(
         self, run_id: str, node_id: str, node_ids: Iterable[str], call: str = ""
     ) -> None:

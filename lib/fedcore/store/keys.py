@@ -61,6 +61,7 @@ AWAITED_TTL_S = 3_600
 ANYBODY = (
     ""  # stands for servers that one has never seen on the list, as it has not watched it for long enough
 )
+FOUNDERS = "?"  # stands for servers of an older instance that a Redis without data does not name; updates wait for them
 REVOKED = "revoked"  # owner of a ledger whose updates were given up
 RELEASE_TTL_S = 60  # an ended iteration's clients and uploads still answer late repeats for this long
 SIGNATURES_KEPT = (

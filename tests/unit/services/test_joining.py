@@ -64,6 +64,17 @@ def test_the_first_server_makes_the_instance(store: RecordedStore) -> None:
     assert (found.snapshot.success, found.snapshot.result) == (True, "")
 
 
+@pytest.mark.parametrize(("first", "waits"), [(1, False), (2, True)])
+def test_who_makes_an_instance_of_a_job_under_way_counts_nothing_yet(
+    store: RecordedStore, first: int, waits: bool
+) -> None:
+    """Servers that live may know an older instance, and bring it back."""
+    assert bool(joined(store, first=first).cluster.keys.instance) and bool(store.awaited) is waits
+    store.awaited.clear()
+    joined(store, first=first, proposed="i_2")  # it is there already
+    assert not store.awaited
+
+
 def test_a_job_whose_iterations_are_all_done_is_finished(store: RecordedStore) -> None:
     assert joined(store, first=21).snapshot.iteration.running is RunningState.FINISH
 

@@ -1,5 +1,6 @@
 -- Remember which servers may still bring back what Redis has forgotten. Who has done so is not awaited, whoever names it.
--- The node id "" stands for servers that the one who asks cannot name; it holds up no update, only judgements.
+-- The node id "" stands for servers that the one who asks cannot name; it holds up no update, only judgements. "?" is
+-- the opposite: the servers of an older instance, for which updates wait until the job has that one again.
 -- KEYS[1] awaited hash of this Redis   ARGV: lifetime in seconds, node id of the server that asks, other node ids ...
 -- Returns what stands there of the server that asks: another word after another loss of data.
 local time = redis.call('TIME')
