@@ -234,6 +234,15 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
     help="With DIFF_SPARSE_QUANT: keep what compression leaves out of an update, and add it to the next one.",
 )
 @click.option(
+    "--least-threshold",
+    type=float,
+    default=PrivacyOptions().least_threshold,
+    show_default=True,
+    metavar="SHARE",
+    help="With PW_ENCRYPT: take part only where more than this share of the devices is needed to take a mask off; "
+    "0.67 is good against servers that lie.",
+)
+@click.option(
     "--rule",
     type=click.Choice([*Rule], case_sensitive=False),
     help="Be a cloud worker; the aggregation_type of the server.",
@@ -278,6 +287,7 @@ def main(
     max_epsilon: float | None,
     clip_floor: float,
     error_feedback: bool,
+    least_threshold: float,
     rule: str | None,
     sync_frequency: int | None,
     sync_type: str,
@@ -311,7 +321,7 @@ def main(
             device = make_trainer(trainer, settings, ("load", "fit", "evaluate"))
             policy = Policy(poll_interval=poll_interval)
             identity = read_identity(identity_file, identity_key, identity_password_file)
-            privacy = PrivacyOptions(clip_floor, max_epsilon, error_feedback)
+            privacy = PrivacyOptions(clip_floor, max_epsilon, error_feedback, least_threshold=least_threshold)
             client = Client(
                 device,
                 servers,
@@ -324,9 +334,10 @@ def main(
         else:
             if identity_file is not None:
                 raise UsageFault("--identity is for devices, not for cloud workers: leave --rule out")
-            if max_epsilon is not None or error_feedback:
+            if max_epsilon is not None or error_feedback or least_threshold:
                 raise UsageFault(
-                    "--max-epsilon and --error-feedback are for devices, not for cloud workers: leave --rule out"
+                    "--max-epsilon, --error-feedback and --least-threshold are for devices, not for cloud workers: "
+                    "leave --rule out"
                 )
             if sync_frequency is None:
                 raise UsageFault("a cloud worker needs --sync-frequency")

@@ -143,6 +143,7 @@ class Masking:
         *,
         stable: bool = False,
         layout: Layout = Layout.CONTIGUOUS,
+        least_threshold: float = 0.0,
         signer: CipherSigner | None = None,
     ) -> None:
         """Draw the secrets of an iteration.
@@ -154,12 +155,14 @@ class Masking:
             random: fit for keys.
             stable: STABLE_PW_ENCRYPT: exchange keys, and nothing more.
             layout: which floats of the mask belong to which weight; all clients of a job must have the same.
+            least_threshold: share of the members that t must exceed.
             signer: for jobs in which devices sign.
         """
         self.upload: RequestUpdateModel | None = None
         self._fl_id, self._iteration, self._random = fl_id, iteration, random
         self._t, self._prime = params.t, int.from_bytes(params.prime or b"", "big")
         self._stable, self._layout, self._signer = stable, layout, signer
+        self._least_threshold = least_threshold
         self._secrets = Secrets.drawn(random)
         self._peers: Peers = {}  # of the list of members, the client itself among them
         self._members: dict[str, Member] = {}
@@ -298,12 +301,18 @@ class Masking:
         """Return the shares for all others, sealed.
 
         Raises:
-            Refused: there are not t others.
+            Refused: there are not t others, or t is not more than the client asks for.
             CryptoError: a key cannot be used.
         """
         others = [fl_id for fl_id in peers if fl_id != self._fl_id]
         if len(others) < self._t:
             raise Refused(f"{len(others)} others are too few for {self._t} shares that give a secret")
+        if self._t <= self._least_threshold * len(peers):
+            raise Refused(
+                f"{self._t} of {len(peers)} members could find out the client's secrets, which asks for more than "
+                f"{self._least_threshold:g} of them: raise the job's reconstruct_secrets_threshold, or lower "
+                "least_threshold"
+            )
         if 2 * self._t <= len(others):
             log.warning(
                 "%d of %d members can find out a client's secrets together: the job's "

@@ -66,6 +66,8 @@ class PrivacyOptions:
         max_epsilon: stop before an update with which more than this would be spent; None never stops.
         error_feedback: DIFF_SPARSE_QUANT: keep what compression leaves out of an update, and add it to the next one.
         mask_layout: PW_ENCRYPT: which floats of a mask belong to which weight; the same in the whole job.
+        least_threshold: PW_ENCRYPT: share no secrets unless more than this share of the members is needed to restore
+            them; 0 to 1. With 0.67 a server that lies must have a third of the members on its side to read an update.
 
     Raises:
         ConfigError: a value is out of range.
@@ -75,11 +77,14 @@ class PrivacyOptions:
     max_epsilon: float | None = None
     error_feedback: bool = False
     mask_layout: MaskLayout = MaskLayout.CONTIGUOUS
+    least_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in (("clip_floor", self.clip_floor), ("max_epsilon", self.max_epsilon)):
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} is {value}", hint="a number above 0")
+        if not 0 <= self.least_threshold < 1:
+            raise ConfigError(f"least_threshold is {self.least_threshold}", hint="a share, from 0 to below 1")
 
 
 @dataclass(frozen=True, slots=True)

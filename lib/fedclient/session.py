@@ -368,6 +368,7 @@ class Session:
             self._protection.random,
             stable=terms.encrypt_type == STABLE_MASKS,
             layout=self._protection.options.mask_layout,
+            least_threshold=self._protection.options.least_threshold,
             signer=self._signer,
         )
 

@@ -205,9 +205,9 @@ def trained_by(fl_id):
 
 
 class Device:
-    def __init__(self, fl_id, signer=None, layout=Layout.CONTIGUOUS):
+    def __init__(self, fl_id, signer=None, layout=Layout.CONTIGUOUS, least_threshold=0.0):
         self.fl_id = fl_id
-        guard = Protection(PrivacyOptions(mask_layout=layout))
+        guard = Protection(PrivacyOptions(mask_layout=layout, least_threshold=least_threshold))
         self.session = Session("job", fl_id, POLICY, signer, guard)
         self.now = NOW
         self.fits = 0
@@ -425,6 +425,19 @@ def test_lists_of_keys_that_are_refused(change, reason):
     with pytest.raises(Refused, match=reason):
         masking.take(ReturnExchangeKeys(200, 1, change(entries)), NOW)
     masking.take(ReturnExchangeKeys(200, 1, entries), NOW)  # nothing was kept of the others
+
+
+@pytest.mark.parametrize(("least", "shares"), [(0.42, True), (3 / 7, False), (0.67, False)])
+def test_a_client_may_ask_for_a_threshold(least, shares):
+    """T of 7 members restore a secret."""
+    counterpart, device = Counterpart(IDS), Device(IDS[0], least_threshold=least)
+    run_until([device, *map(Device, IDS[1:])], counterpart, "getKeys")
+    listed = ReturnExchangeKeys(200, 1, tuple(counterpart.listed()))
+    if shares:
+        device.session._masking.take(listed, NOW)
+        return
+    with pytest.raises(Refused, match="raise the job's reconstruct_secrets_threshold"):
+        device.session._masking.take(listed, NOW)
 
 
 def test_one_list_of_keys_for_one_set_of_keys():

@@ -107,9 +107,13 @@ def test_terms_that_can_be_followed(terms: Terms) -> None:
     assert bool(terms.fault(known=())) is True
 
 
-@pytest.mark.parametrize("options", [{"clip_floor": 0.0}, {"max_epsilon": -1.0}, {"max_epsilon": math.nan}])
+@pytest.mark.parametrize(
+    "options",
+    [{"clip_floor": 0.0}, {"max_epsilon": -1.0}, {"max_epsilon": math.nan}, {"least_threshold": 1.0}],
+)
 def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match="above 0"):
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"{name} is"):
         PrivacyOptions(**options)  # type: ignore[arg-type]
 
 
