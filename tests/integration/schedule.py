@@ -224,14 +224,18 @@ def _begin(run: Run, action: Action, hosts: int) -> None:
             fleet.wipe_redis()
         case Kind.REDIS_PAUSE:
             fleet.cluster.pause("redis")
+            _in_time(action, fleet.cluster.resume, "redis")
         case kind:
             links = node_links_of(fleet)
             NODE_FAULTS[kind](links, n)
-            back = threading.Timer(
-                action.length, links.restore, (n,)
-            )  # in time, even while a server is stopped here
-            back.daemon = True
-            back.start()
+            _in_time(action, links.restore, n)
+
+
+def _in_time(action: Action, back: Callable[..., object], *words: object) -> None:
+    """End a fault when it is due, even while a server is stopped here, which may take as long as devices are held."""
+    timer = threading.Timer(action.length, back, words)
+    timer.daemon = True
+    timer.start()
 
 
 def _heal(fleet: Fleet, action: Action) -> None:
