@@ -12,15 +12,7 @@ from typing import Self
 
 from integration.cluster import wait_until
 from integration.oracle import Journal
-from integration.roaming import (
-    LONGEST_WAIT_S,
-    PATIENCE_S,
-    REPLY_S,
-    RovingClient,
-    RovingHttp,
-    Servers,
-    Turnstile,
-)
+from integration.roaming import PATIENCE_S, REPLY_S, RovingClient, RovingHttp, Servers, Turnstile
 from integration.watching import PROBE_S, Prober
 
 
@@ -35,7 +27,6 @@ class Crowd:
         every: seconds between two probes of a server.
         patience: seconds within which a client must get its answer from somebody.
         rest: seconds between two participations of a client in a thread.
-        longest_wait: seconds to which their waits for a next_req_time are cut.
 
     Attributes:
         journal: what the clients see.
@@ -55,7 +46,6 @@ class Crowd:
         every: float = PROBE_S,
         patience: float = PATIENCE_S,
         rest: float = 0.0,
-        longest_wait: float = LONGEST_WAIT_S,
     ) -> None:
         self.servers = servers
         self.journal = Journal()
@@ -64,7 +54,6 @@ class Crowd:
         self.clients: dict[int, RovingClient] = {}
         self.faults: list[BaseException] = []
         self._seed, self._probes, self._patience, self._rest = seed, probes, patience, rest
-        self._longest_wait = longest_wait
         self._over = threading.Event()
         self._members: list[tuple[threading.Thread, RovingHttp]] = []
         for number in range(clients):
@@ -121,7 +110,6 @@ class Crowd:
                 self._seed * 1000 + number,
                 self._patience,
                 self.turnstile,
-                self._longest_wait,
             )
         return self.clients[number]
 

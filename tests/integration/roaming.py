@@ -43,7 +43,7 @@ POLL_S = 0.02  # of a getModel that answers 201
 REPLY_S = 8.0  # longest wait for an answer; servers hold a request for 2 s in these tests
 PATIENCE_S = 30.0  # longest time in which a client's request must be answered by somebody
 _NEVER = 1 << 40  # no iteration has such a number
-LONGEST_WAIT_S = 0.5  # a client's waits for a next_req_time are cut to this, unless it is told otherwise
+LONGEST_WAIT_S = 0.5  # a client's waits for a next_req_time are cut to this
 
 
 # ---- requests that roam
@@ -240,7 +240,6 @@ class RovingClient:
         seed: of its choices.
         patience: seconds within which a request must be answered with a table by somebody.
         turnstile: what it passes before it uploads, if a test wants to have a hand in that.
-        longest_wait: seconds to which its waits for a next_req_time are cut.
 
     Attributes:
         client: its number, which is its place in the model.
@@ -256,12 +255,11 @@ class RovingClient:
         seed: int,
         patience: float = PATIENCE_S,
         turnstile: Turnstile | None = None,
-        longest_wait: float = LONGEST_WAIT_S,
     ) -> None:
         self.client, self.fl_id = client, fl_id_of(client)
         self.iteration = 0
         self.texts: Counter[str] = Counter()
-        self._journal, self._patience, self._longest_wait = journal, patience, longest_wait
+        self._journal, self._patience = journal, patience
         self.http = RovingHttp(servers, seed, lambda: journal.count(repeated=1), patience, turnstile)
         self.over = self.http.over
 
@@ -358,7 +356,7 @@ class RovingClient:
         assert code == 300, (self.fl_id, code, reason)
         self._journal.count(refused=1)
         wait = int(next_req_time or 0) / 1000 - time.time()
-        self._pause(min(max(wait, POLL_S), self._longest_wait))
+        self._pause(min(max(wait, POLL_S), LONGEST_WAIT_S))
 
     def _pause(self, seconds: float) -> None:
         if self.over.wait(seconds):

@@ -40,9 +40,6 @@ CONNECT_S = 2.0  # longest time until a server has taken a connection, TLS inclu
 REPLY_S = 15.0  # longest time until a server has answered; it may hold a request for 8 s
 PROBE_S = 0.5  # between two probes of a server
 PATIENCE_S = 120.0  # a client gives up, and the test fails, when nobody answered it properly for so long
-LONGEST_WAIT_S = (
-    12.0  # for a next_req_time: who comes long before it takes the places of those who come in time
-)
 REST_S = 0.1  # of a client between two participations: the machine carries all hosts as well
 WINDOW_MS = 120_000  # longer than any fault but the longest: iterations shall not end by the clock
 GLOBAL_WINDOW_MS = 600_000
@@ -288,22 +285,12 @@ class Devices(Crowd):
         seed: int = 1,
     ) -> None:
         self.at = AddressedServers(addresses, tls)
-        super().__init__(
-            self.at,
-            clients=ROVING,
-            seed=seed,
-            every=PROBE_S,
-            patience=PATIENCE_S,
-            rest=REST_S,
-            longest_wait=LONGEST_WAIT_S,
-        )
+        super().__init__(self.at, clients=ROVING, seed=seed, every=PROBE_S, patience=PATIENCE_S, rest=REST_S)
         self.history = history
         self.ends: list[End] = []
         if balancer is not None:
             behind = AddressedServers([balancer], tls, one_process=False)
-            client = RovingClient(
-                behind, self.journal, ROVING, seed, PATIENCE_S, self.turnstile, LONGEST_WAIT_S
-            )
+            client = RovingClient(behind, self.journal, ROVING, seed, PATIENCE_S, self.turnstile)
             self.clients[ROVING] = client
             self.add("client behind the balancer", client.take_part, client.http)
         for number in range(ROVING + 1, ROVING + 1 + STRICT):
