@@ -371,6 +371,31 @@ class TestRestart:
         reply = cluster.start("one")
         assert (reply.iteration, reply.feature_map[0].data[0]) == (2, 4.0)
 
+    @pytest.mark.parametrize("refusal", ["startFLJob", "updateModel"])
+    def test_without_redis_data_a_refused_client_is_not_refused_again(
+        self, tmp_path: Path, refusal: str
+    ) -> None:
+        """Another refusal would end an old device: it is held until there is a place."""
+        with Cluster(tmp_path, fedcore={"device": {"hold_time": 30.0}}) as cluster:
+            cluster.start_redis()
+            cluster.start_server()
+            cluster.start("one"), cluster.start("two")
+            refused = cluster.start("c") if refusal == "startFLJob" else cluster.update("c", 1, filled(1.0))
+            assert refused.retcode == 300
+            cluster.redis("FLUSHALL")
+            again: list[Any] = []
+            thread = threading.Thread(target=lambda: again.append(cluster.start("c")), daemon=True)
+            for number in (1, 2):
+                cluster.run_iteration(number, {"one": 1})
+                cluster.start("two")
+                if number == 2:
+                    thread.start()
+                    wait_until(lambda: cluster.metric("fl_device_connections") == 1, "it has come again")
+                assert cluster.update("two", number, filled(1.0)).retcode == 200
+                cluster.weights(number)
+            thread.join(20)
+            assert [(reply.retcode, reply.iteration) for reply in again] == [(200, 3)]
+
     def test_in_mid_iteration_loses_nothing(self, cluster: Cluster) -> None:
         cluster.start("one", 30), cluster.start("two", 10)
         assert cluster.update("one", 1, filled(9.0), 30).retcode == 200

@@ -611,6 +611,29 @@ class TestReservedPlaces:
         assert open_five.select("late", number=6, fit=False)[0] is Selection.UNFIT
         assert self.waiting(open_five) == keys_of("late")
 
+    def test_who_waits_is_brought_back(self, open_five: Shared) -> None:
+        """Each server tells whom it has refused, the one earlier than the other, and some have a place since."""
+
+        def tell(**returns_ms: int) -> int:
+            waiting = {client_key(fl_id): Reserve(ms, 0, 5_000) for fl_id, ms in returns_ms.items()}
+            return open_five.run(open_five.state.restore_waiting(5, waiting, places=3))  # type: ignore[no-any-return]
+
+        open_five.select("placed")
+        assert tell(late=9_000, overdue=-2_000, placed=9_000) == 2
+        assert self.waiting(open_five) == keys_of("late", "overdue")
+        last = self.returns(open_five, "late")
+        assert tell(late=3_000) == 0
+        assert self.returns(open_five, "late") == last
+        assert tell(late=60_000) == 0
+        assert self.returns(open_five, "late") > last
+        lifetime = open_five.command("PTTL", open_five.state.keys.waiting)
+        assert lifetime == pytest.approx(65_000, abs=2_000)
+        assert tell(**{f"l{i}": 1_000 for i in range(20)}) == 10, (
+            "no more than four iterations have places for"
+        )
+        assert open_five.select("x")[0] is Selection.FULL
+        assert open_five.select("late")[0] is Selection.SELECTED
+
     def test_the_list_expires_with_its_last_place(self, open_five: Shared) -> None:
         for returns, expected in ((5_000, 6_000), (90_000, 91_000), (7_000, 91_000)):
             for i in range(4):

@@ -170,6 +170,14 @@ class Both:
         real = self.run(self.real.reserve_place(fl_id, places=places, reserve=reserve))
         return real, self.simulated.reserve_place(fl_id, places, reserve.returns_ms, reserve.after_ms)
 
+    def restore_waiting(self, data: st.DataObject) -> tuple[Any, Any]:
+        number, places = self.number + data.draw(AROUND), data.draw(COUNTS)
+        known = data.draw(st.dictionaries(CLIENTS, st.sampled_from([20_000, 90_000])))
+        waiting = {client_key(fl_id): Reserve(returns, 0, 5_000) for fl_id, returns in known.items()}
+        real = self.run(self.real.restore_waiting(number, waiting, places=places))
+        kept = {client: (it.returns_ms, it.after_ms) for client, it in waiting.items()}
+        return real, self.simulated.restore_waiting(number, kept, places)
+
     def accept(self, data: st.DataObject) -> tuple[Any, Any]:
         number, attempt = self.draw_place(data)
         requested = number + data.draw(AROUND)
@@ -396,6 +404,7 @@ OPERATIONS = [
     Both.select,
     Both.select,
     Both.reserve,
+    Both.restore_waiting,
     Both.accept,
     Both.accept,
     Both.accept,

@@ -233,6 +233,16 @@ class SharedState:
         self.waiting[client] = now + returns
         return True
 
+    def restore_waiting(self, number: int, waiting: Mapping[str, tuple[float, float]], places: int) -> int:
+        now, restored = self.clock(), 0
+        for client, (returns, _) in waiting.items():
+            known = self.waiting.get(client)
+            later = len(self.waiting) < 4 * places if known is None else known < now + returns
+            if later and client not in self.clients.get(number, ()):
+                self.waiting[client] = now + returns
+                restored += known is None
+        return restored
+
     def accept_upload(
         self,
         number: int,

@@ -302,6 +302,11 @@ class RecordedStore(Store):
         client, places, returns, after = words
         return int(state.reserve_place(self._id(client), places, returns, after))
 
+    def _restore_waiting(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
+        places, *rest = words
+        waiting = dict(zip(rest[::3], zip(rest[1::3], rest[2::3], strict=True), strict=True))
+        return state.restore_waiting(int(keys[1].split(":")[3]), waiting, places)
+
     def _accept_upload(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
         number, attempt, requested, client, quorum, ledger_id, fit, _, node_id, _, ms, again = words
         new = self._id(client) and client not in state.uploads.get(requested, {})

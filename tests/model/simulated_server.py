@@ -242,6 +242,7 @@ class Server:
         self.iteration = Iteration(self.models.newest + 1, base=self.models.newest_digest)
         self.others: list[str] = []
         self.places: dict[str, str] = {}
+        self.refused: dict[str, float] = {}  # client -> when it returns
         # driver
         self.events: deque[core.Event] = deque()
         self.effects: deque[core.Effect] = deque()
@@ -450,9 +451,12 @@ class Server:
                     continue
                 return None
             if word == "selected" and cluster is self.cluster:
+                self.refused.pop(key_of(fl_id), None)
                 if number == self.iteration.number:
                     self.places[key_of(fl_id)] = "1"
                 self.note(core.ClientSelected(number, count))
+            if word in ("full", "reserved"):
+                self.refused[key_of(fl_id)] = self.world.now + RESERVE.returns
             if word not in ("selected", "known"):
                 return None
             if number == self.iteration.number and self.serving:
@@ -1050,6 +1054,9 @@ class Server:
             places = dict.fromkeys(self.places, "1")
             await ask("restore_clients", instance, number, "", self.name, places, epoch.base)
             await self.bring_back_ledgers(cluster, epoch, preparing)
+        back = {client: returns - self.world.now for client, returns in self.refused.items()}
+        waiting = {client: (ms, RESERVE.after) for client, ms in back.items() if ms > -RESERVE.after}
+        await ask("restore_waiting", instance, number, waiting, self.policy.start_threshold)
         return raised
 
     async def bring_back_ledgers(self, cluster: Membership, epoch: Epoch, preparing: bool) -> None:

@@ -252,6 +252,8 @@ class ClientApi:
         )
         if selection is Selection.SELECTED:
             self.driver.place_given(cluster, number, count, client_key(request.fl_id), meta)
+        if selection in (Selection.FULL, Selection.RESERVED):
+            self.driver.place_kept(client_key(request.fl_id), reserve)
         if selection is Selection.KNOWN and await self._left_out(cluster, number, request.fl_id):
             return Selection.RESERVED
         return selection
@@ -374,7 +376,8 @@ class ClientApi:
         if cluster is not None:
             with contextlib.suppress(StoreError):  # then it must take its chance
                 places, reserve = self.driver.policy.start_threshold, self._reserve(next_req_time)
-                await cluster.reserve_place(fl_id, places=places, reserve=reserve)
+                if await cluster.reserve_place(fl_id, places=places, reserve=reserve):
+                    self.driver.place_kept(client_key(fl_id), reserve)
         return max(next_req_time, self._now_ms() + self._margin_ms)  # Redis may have let us wait
 
     def _reserve(self, next_req_time: int) -> Reserve:

@@ -40,7 +40,7 @@ from fedcore.services.terms import ledger_shape, policy_of
 from fedcore.services.unmasking import Unmasking
 from fedcore.services.update_intake import UpdateIntake
 from fedcore.store import instances
-from fedcore.store.cluster_state import ClientMeta, ClusterState, Raised
+from fedcore.store.cluster_state import ClientMeta, ClusterState, Raised, Reserve
 from fedcore.store.keys import job_ttl
 from fedcore.store.redis import Commands, Redis
 
@@ -157,10 +157,15 @@ class IterationDriver(Service):
         self, cluster: ClusterState, number: int, count: int, client: str, meta: ClientMeta
     ) -> None:
         """Take notice of a client that got a place."""
+        self._memory.has_place(client)
         if cluster is self.cluster:
             if number == self.iteration.number:
                 self.places[client] = meta
             self.note(core.ClientSelected(number, count))
+
+    def place_kept(self, client: str, reserve: Reserve) -> None:
+        """Take notice of a client that was refused, and for which a place is kept."""
+        self._memory.refused(client, reserve, 4 * self.policy.start_threshold)
 
     def upload_counted(self, cluster: ClusterState, number: int, attempt: int, count: int) -> None:
         """Take notice of an accepted update."""

@@ -1,8 +1,9 @@
 """Brings back what Redis has forgotten: after a fail-over that lost writes, or after the loss of all its data.
 
 Every server brings back the furthest state of the iteration that it has seen, the clients whose updates its ledgers
-hold, and those that it gave a place. The scripts only ever raise, so the order in which servers do so does not matter.
-What Redis does not take back, because the iteration has gone on without it or from another model, is told as lost.
+hold, those that it gave a place, and those that it refused and that will come again. The scripts only ever raise, so
+the order in which servers do so does not matter. What Redis does not take back, because the iteration has gone on
+without it or from another model, is told as lost.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from fedcore.core import model_info
 from fedcore.core.iteration import CipherRound, Iteration
 from fedcore.ledger.layout import Epoch
 from fedcore.services.ledgers import Ledgers
-from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Look, Raised, Roll, Snapshot
+from fedcore.store.cluster_state import (
+    ClientMeta,
+    ClusterState,
+    LeftOut,
+    Look,
+    Raised,
+    Reserve,
+    Roll,
+    Snapshot,
+)
 from fedcore.store.keys import ANYBODY, DOUBT_S, HEARTBEAT_TTL_S, HOLD_OFF_S
 
 if TYPE_CHECKING:
@@ -96,6 +106,9 @@ class Memory:
         self._unlisted: set[str] = set()  # of these, who was not on it at the last look,
         self._unlisted_for = 0.0  # and for how many seconds that look will have told so
         self._others_before: dict[str, float] = {}  # who lived when Redis may have forgotten them, and when
+        # Clients that were refused here: when they return, and until when their places are kept. An instance's end
+        # changes nothing of that.
+        self._waiting: dict[str, tuple[float, float]] = {}
 
     @property
     def is_new(self) -> bool:
@@ -167,6 +180,30 @@ class Memory:
     def claimed(self, token: str) -> None:
         """Take note of a token that this server was given."""
         self._fence = max(self._fence, int(token.partition(":")[0]))
+
+    def refused(self, client: str, reserve: Reserve, most: int) -> None:
+        """Take note of a refused client, by its key, for which a place is kept; of at most so many."""
+        now = self._reactor.seconds()
+        self._waiting.pop(client, None)
+        while self._waiting and self._waiting[oldest := next(iter(self._waiting))][1] <= now:
+            del self._waiting[oldest]
+        if len(self._waiting) < most:
+            returns = now + reserve.returns_ms / 1000
+            self._waiting[client] = (returns, returns + reserve.after_ms / 1000)
+
+    def has_place(self, client: str) -> None:
+        """Take note of a client, by its key, that has got a place."""
+        self._waiting.pop(client, None)
+
+    @property
+    def waiting(self) -> dict[str, Reserve]:
+        """The clients that wait for a place, as far as this server knows: key -> how that is kept."""
+        now = self._reactor.seconds()
+        return {
+            client: Reserve(int((returns - now) * 1000), 0, int((until - returns) * 1000))
+            for client, (returns, until) in self._waiting.items()
+            if until > now
+        }
 
     def saw(self, others: Iterable[str]) -> None:
         """Take note of the servers that are on the list of the living.
@@ -364,6 +401,9 @@ class Recovery:
             driver.places,
             self._left_out,
         )
+        if raised is not Raised.NEWER and (waiting := self._memory.waiting):
+            number, places = driver.iteration.number, driver.policy.start_threshold
+            await cluster.restore_waiting(number, waiting, places=places)
         vouched = () if ANYBODY in others else (ANYBODY,)  # it has named all that there are
         told = (driver.node_id, *vouched, *self._parts.ledgers.inherited)
         await cluster.nodes_are_back(run_id, driver.node_id, told, call)

@@ -311,6 +311,21 @@ class ClusterState:
             raise LeftOut(int(updates), word == b"rebased")
         return None if word == b"revoked" else int(updates)
 
+    async def restore_waiting(self, number: int, waiting: Mapping[str, Reserve], *, places: int) -> int:
+        """Bring back clients that were refused and wait for a place, where Redis has forgotten them.
+
+        Args:
+            number: the current iteration; who has a place in it waits no more.
+            waiting: client key -> how its place is kept; ``returns_ms`` is less than 0 for one that should be back.
+            places: start_fl_job_threshold; four times as many may wait.
+
+        Returns:
+            How many Redis had forgotten.
+        """
+        kept = [part for key, it in waiting.items() for part in (key, it.returns_ms, it.after_ms)]
+        names = [self.keys.waiting, self.keys.clients(number)]
+        return int(await self.redis.script("restore_waiting", names, [places, *kept]))
+
     async def await_nodes(self, run_id: str, node_id: str, others: Iterable[str]) -> str:
         """Have no update counted until all have brought back what this Redis has forgotten, or HOLD_OFF_S are over.
 

@@ -29,7 +29,7 @@ from fedcore.services.recovery import (
     bring_back,
     placed,
 )
-from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Raised, Roll, Snapshot
+from fedcore.store.cluster_state import ClientMeta, ClusterState, LeftOut, Raised, Reserve, Roll, Snapshot
 from fedcore.store.keys import ANYBODY
 from fedcore.wire.arrays import Layout
 
@@ -262,6 +262,47 @@ def test_whom_a_ledger_that_was_given_up_held_too_counts_again(store: RecordedSt
     state.uploads[5].clear()
     result_of(Recovery(driver, parts, Memory(task.Clock())).tell_again())
     assert state.uploads_of(5) == {}, "of the iteration before"
+
+
+class TestWaiting:
+    """Whom this server has refused, and told when to return."""
+
+    @pytest.fixture
+    def clock(self) -> task.Clock:
+        return task.Clock()
+
+    @pytest.fixture
+    def memory(self, clock: task.Clock) -> Memory:
+        return Memory(clock)
+
+    def test_a_place_is_kept_until_it_is_taken_or_nobody_comes(
+        self, clock: task.Clock, memory: Memory
+    ) -> None:
+        memory.refused("early", Reserve(1_000, 9, 500), most=4)
+        memory.refused("late", Reserve(5_000, 9, 500), most=4)
+        clock.advance(1.25)
+        assert memory.waiting == {"early": Reserve(-250, 0, 500), "late": Reserve(3_750, 0, 500)}
+        clock.advance(0.25)
+        assert set(memory.waiting) == {"late"}
+        memory.has_place("late")
+        memory.has_place("somebody else")
+        assert memory.waiting == {}
+
+    def test_a_further_refusal_counts_from_then_on(self, clock: task.Clock, memory: Memory) -> None:
+        memory.refused("a", Reserve(1_000, 0, 500), most=4)
+        clock.advance(1)
+        memory.refused("a", Reserve(2_000, 0, 500), most=4)
+        assert memory.waiting == {"a": Reserve(2_000, 0, 500)}
+
+    def test_no_more_are_remembered_than_redis_keeps_places_for(
+        self, clock: task.Clock, memory: Memory
+    ) -> None:
+        for client in "abcde":
+            memory.refused(client, Reserve(1_000, 0, 500), most=4)
+        assert set(memory.waiting) == set("abcd")
+        clock.advance(1.5)
+        memory.refused("f", Reserve(1_000, 0, 500), most=4)
+        assert set(memory.waiting) == {"f"}
 
 
 class TestRoll:
