@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from integration.cluster import wait_until
 from integration.faults import Fleet, fleet_of
-from integration.oracle import Outcome
-from lab.devices import PLACES, ROVING, STRICT, Devices, Loss, job
+from integration.oracle import Asked, Outcome
+from lab.devices import PLACES, ROVING, STRICT, Devices, End, Loss, Seen, job
 from lab.history import ENDED, losses_in
 
 
@@ -43,6 +43,26 @@ def devices(fleet: Fleet) -> Iterator[Devices]:
     with Devices(addresses, None, FleetHistory(fleet), balancer=addresses[0]) as devices:
         devices.wait_for_iterations(2, 30)
         yield devices
+
+
+def test_a_device_that_still_ends_by_the_fault_before_is_not_held_against_this_one() -> None:
+    """But against that one, unless that was allowed to end devices."""
+    asked = Asked("startFLJob", 1, 1.0, 2.0, 0, 0, 300, 5.0)
+    end = End("refused twice", [asked])
+
+    def seen(before: Seen | None = None, *, ends: Sequence[End] = (), late: Sequence[End] = ()) -> Seen:
+        return Seen("a fault", failed={}, ends=ends, late=late, before=before)
+
+    hard, soft, unjudged = seen(), seen(), seen()
+    hard.must_be_harmless(devices_may_end=True)
+    soft.must_be_harmless()
+    for before in (hard, unjudged):
+        seen(before, late=[end]).must_be_harmless()
+        with pytest.raises(AssertionError):
+            seen(before, ends=[end]).must_be_harmless()
+    for sparing in (soft, None):
+        with pytest.raises(AssertionError, match="by the fault before"):
+            seen(sparing, late=[end]).must_be_harmless()
 
 
 def test_they_train_through_a_killed_server(fleet: Fleet, devices: Devices) -> None:

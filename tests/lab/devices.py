@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from integration.cluster import wait_until
@@ -210,6 +210,9 @@ class Seen:
         texts: answers that said "not ready, come again".
         told: least and greatest time, seconds, after which refused clients were told to come back.
         ends: the unmodified devices that gave up.
+        late: those whose last question was asked before, so that it was the fault before that ended them.
+        before: what was seen of that one.
+        spares: whether it is known that this fault ends no device.
         acknowledged: updates that were answered with 200.
         lost: updates that the servers told to be lost.
         missing: acknowledged updates that are in no model; the others among the lost were sent once more.
@@ -226,6 +229,9 @@ class Seen:
     texts: int = 0
     told: tuple[float, float] = (math.inf, -math.inf)
     ends: Sequence[End] = ()
+    late: Sequence[End] = ()
+    before: Seen | None = field(default=None, repr=False)
+    spares: bool = False
     acknowledged: int = 0
     lost: int = 0
     missing: int = 0
@@ -246,11 +252,15 @@ class Seen:
                 cluster is in safemode; a fault that lasts long enough cannot spare them that.
         """
         assert (self.lost, self.missing, self.failed) == (0, 0, {}), self
+        self.spares = not devices_may_end
         assert devices_may_end or not self.ends, self
+        spared = self.before is None or self.before.spares
+        assert not (spared and self.late), f"still by the fault before, {self.before}: {self}"
 
     def __str__(self) -> str:
         failed = f", failed: {dict(self.failed)}" if self.failed else ""
         ends = f"; unmodified devices ended: {'; '.join(map(str, self.ends))}" if self.ends else ""
+        ends += f"; still by the fault before ended: {'; '.join(map(str, self.late))}" if self.late else ""
         least, most = self.told
         told = f", refused for {least:.1f} to {most:.1f} s" if most > least else ""
         return (
@@ -288,6 +298,7 @@ class Devices(Crowd):
         super().__init__(self.at, clients=ROVING, seed=seed, every=PROBE_S, patience=PATIENCE_S, rest=REST_S)
         self.history = history
         self.ends: list[End] = []
+        self._seen: Seen | None = None  # of the last fault
         if balancer is not None:
             behind = AddressedServers([balancer], tls, one_process=False)
             client = RovingClient(behind, self.journal, ROVING, seed, PATIENCE_S, self.turnstile)
@@ -346,7 +357,8 @@ class Devices(Crowd):
         Raises:
             AssertionError: the oracle found a fault, or a client gave up.
         """
-        seen, began = Seen(what), time.monotonic()
+        seen, began = Seen(what, before=self._seen), time.monotonic()
+        self._seen = seen
         lost, known = self._lost(), self.journal.newest()
         asked, promised, ends = len(self.journal.asked), len(self.journal.acknowledged), len(self.ends)
         yield seen
@@ -358,7 +370,9 @@ class Devices(Crowd):
         seen.silence = longest_gap([entry.at for entry in list(self.journal.answered)], began, ended)
         seen.pause = longest_gap(self.journal.first_seen().values(), began, ended)
         seen.sum_up(self.journal.asked[asked:], began, ended)
-        seen.ends = self.ends[ends:]
+        new = self.ends[ends:]
+        seen.late = [end for end in new if end.asked[-1].began < began]
+        seen.ends = [end for end in new if end.asked[-1].began >= began]
         seen.acknowledged = len(self.journal.acknowledged) - promised
         seen.lost = self._lost() - lost
         seen.missing = sum(iteration > known for iteration, _ in report.missing)
