@@ -53,6 +53,9 @@ def test_a_device_that_still_ends_by_the_fault_before_is_not_held_against_this_o
     def seen(before: Seen | None = None, *, ends: Sequence[End] = (), late: Sequence[End] = ()) -> Seen:
         return Seen("a fault", failed={}, ends=ends, late=late, before=before)
 
+    held = End("refused twice", [Asked("startFLJob", 1, 1.0, 9.0, 0, 0, 300, 5.0)])
+    assert held.was_held_since_before(2.0) and not held.was_held_since_before(0.5)
+    assert not end.was_held_since_before(2.0), "something has let it go"
     hard, soft, unjudged = seen(), seen(), seen()
     hard.must_be_harmless(devices_may_end=True)
     soft.must_be_harmless()

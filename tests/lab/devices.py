@@ -38,6 +38,7 @@ PLACES = 8  # all of them must upload: an unmodified device may not survive an u
 ROVING, STRICT = 9, 2  # and one client behind the balancer
 CONNECT_S = 2.0  # longest time until a server has taken a connection, TLS included
 REPLY_S = 15.0  # longest time until a server has answered; it may hold a request for 8 s
+HELD_S = 7.5  # who was answered sooner was not held to the end
 PROBE_S = 0.5  # between two probes of a server
 PATIENCE_S = 120.0  # a client gives up, and the test fails, when nobody answered it properly for so long
 REST_S = 0.1  # of a client between two participations: the machine carries all hosts as well
@@ -185,6 +186,11 @@ class End:
     why: str
     asked: Sequence[Asked]
 
+    def was_held_since_before(self, moment: float) -> bool:
+        """Tell whether its last question was asked before a moment, and held to the end: nothing since then did it."""
+        last = self.asked[-1]
+        return last.began < moment and last.at - last.began >= HELD_S
+
     def __str__(self) -> str:
         trail = (
             f"{entry.began - self.asked[-1].at:.1f} s {entry.round} {entry.code or 'a text'}"
@@ -210,7 +216,7 @@ class Seen:
         texts: answers that said "not ready, come again".
         told: least and greatest time, seconds, after which refused clients were told to come back.
         ends: the unmodified devices that gave up.
-        late: those whose last question was asked before, so that it was the fault before that ended them.
+        late: those whose last question was asked before and held to the end: it was the fault before that ended them.
         before: what was seen of that one.
         spares: whether it is known that this fault ends no device.
         acknowledged: updates that were answered with 200.
@@ -371,8 +377,8 @@ class Devices(Crowd):
         seen.pause = longest_gap(self.journal.first_seen().values(), began, ended)
         seen.sum_up(self.journal.asked[asked:], began, ended)
         new = self.ends[ends:]
-        seen.late = [end for end in new if end.asked[-1].began < began]
-        seen.ends = [end for end in new if end.asked[-1].began >= began]
+        seen.late = [end for end in new if end.was_held_since_before(began)]
+        seen.ends = [end for end in new if not end.was_held_since_before(began)]
         seen.acknowledged = len(self.journal.acknowledged) - promised
         seen.lost = self._lost() - lost
         seen.missing = sum(iteration > known for iteration, _ in report.missing)
