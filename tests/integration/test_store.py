@@ -665,6 +665,26 @@ class TestAccept:
         assert ready.accept("a") == (Acceptance.ACCEPTED, 1, META)
         assert 0 < int(ready.command("TTL", ready.state.keys.awaited(run_id))) <= 3600
 
+    def test_no_place_is_given_until_then_either(self, open_five: Shared) -> None:
+        """Who was first to come back may have stood still, and know an iteration that is long over."""
+        open_five.select("a")
+        run_id = open_five.state.redis.run_id
+        open_five.run(open_five.state.await_nodes(run_id, "node-1", ["node-2"]))
+        open_five.run(open_five.state.nodes_are_back(run_id, "node-1", ["node-1"]))
+        for fl_id in ("a", "b"):
+            with pytest.raises(OthersAwaited):
+                open_five.select(fl_id)
+        assert open_five.run(open_five.state.places_taken(5)) == 1
+        open_five.run(open_five.state.nodes_are_back(run_id, "node-2", ["node-2"]))
+        assert open_five.select("b") == (Selection.SELECTED, 2)
+
+    def test_places_wait_for_nobody_for_long(self, open_five: Shared) -> None:
+        open_five.run(open_five.state.await_nodes(open_five.state.redis.run_id, "node-1", ["node-2"]))
+        awaited = open_five.state.keys.awaited(open_five.state.redis.run_id)
+        for node in ("node-1", "node-2"):
+            open_five.command("HINCRBY", awaited, node, -1600)
+        assert open_five.select("a") == (Selection.SELECTED, 1)
+
     def test_the_roll_tells_who_is_back_and_who_may_still_come(self, ready: Shared) -> None:
         run_id = ready.state.redis.run_id
         assert ready.run(ready.state.roll()) == Roll(frozenset(), frozenset())

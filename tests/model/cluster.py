@@ -20,6 +20,7 @@ from fedcore.store.keys import DOUBT_S, FOUNDERS, HEARTBEAT_TTL_S, REVOKED
 
 key_of = lru_cache(client_key)
 RUNNING = RunningState.RUNNING
+Run = int | str  # of Redis: a number in the simulation, a run id for servers in memory
 
 
 @dataclass(slots=True)
@@ -129,7 +130,7 @@ class SharedState:
         self.leases: dict[str, float] = {}
         self.completed: dict[int, float] = {}
         self.listed: float | None = None  # since when servers have been on the list
-        self.awaited: dict[int, dict[str, float]] = {}  # run of Redis -> who is awaited, since when
+        self.awaited: dict[Run, dict[str, float]] = {}  # run of Redis -> who is awaited, since when
         # of cipher rounds, by iteration: how many requests since when, and what was gathered, by client
         self.rounds: dict[int, dict[str, tuple[int, float]]] = {}
         self.gathered: dict[tuple[int, str], dict[str, bytes]] = {}
@@ -194,13 +195,23 @@ class SharedState:
     # ---- devices
 
     def select_client(
-        self, number: int, fl_id: str, meta: str, places: int, fit: bool, reserve: Reserve, run: str = ""
+        self,
+        number: int,
+        fl_id: str,
+        meta: str,
+        places: int,
+        fit: bool,
+        reserve: Reserve,
+        run: Run = "",
+        hold_off: float = 0.0,
     ) -> tuple[str, int]:
         status, client = self.status, key_of(fl_id)
         if status is None:
             return "missing", 0
         if status.number != number or status.running is not RUNNING:
             return "closed", status.number
+        if self.others_are_awaited(run, hold_off):
+            return "awaited", 0
         clients = self.clients.setdefault(number, {})
         if client in clients:
             return ("uploaded" if client in self.uploads.get(number, ()) else "known"), 0
@@ -218,7 +229,7 @@ class SharedState:
             return "unfit", len(clients)
         if not clients:
             status.started = now
-            status.run = run if status.run is None else status.run
+            status.run = str(run) if status.run is None else status.run
         clients[client] = meta
         self.waiting.pop(client, None)
         if len(clients) >= places:
@@ -254,7 +265,7 @@ class SharedState:
         node_id: str,
         fit: bool,
         again: bool = False,
-        run: int = 0,
+        run: Run = "",
         hold_off: float = 0.0,
     ) -> tuple[str, int, str]:
         client = key_of(fl_id)
@@ -275,7 +286,7 @@ class SharedState:
             return "accepted", len(uploads), clients[client]
         if status.attempt != attempt or status.running is not RUNNING:
             return "closed", status.number, ""
-        if any(self.clock() - since < hold_off for node, since in self.awaited.get(run, {}).items() if node):
+        if self.others_are_awaited(run, hold_off):
             return "awaited", 0, ""
         forgotten = again and status.phase in (Phase.SEALED, Phase.REDUCING)
         if len(uploads) >= quorum or not (status.phase is Phase.COLLECTING or forgotten):
@@ -293,20 +304,26 @@ class SharedState:
             self.completed[number] = self.clock()
         return "accepted", len(uploads), clients[client]
 
-    def await_nodes(self, run: int, node_id: str, others: Iterable[str]) -> float:
+    def others_are_awaited(self, run: Run, hold_off: float) -> bool:
+        """others_are_awaited of shared.lua"""
+        return any(
+            self.clock() - since < hold_off for node, since in self.awaited.get(run, {}).items() if node
+        )
+
+    def await_nodes(self, run: Run, node_id: str, others: Iterable[str]) -> float:
         known = self.awaited.setdefault(run, {})
         for node in (node_id, *others):
             known.setdefault(node, self.clock())
         return known[node_id]
 
-    def nodes_are_back(self, run: int, node_id: str, nodes: Iterable[str], call: float | None = None) -> bool:
+    def nodes_are_back(self, run: Run, node_id: str, nodes: Iterable[str], call: float | None = None) -> bool:
         known = self.awaited.setdefault(run, {})
         if call is not None and known.get(node_id) not in (call, float("-inf")):
             return False
         known.update(dict.fromkeys(nodes, float("-inf")))
         return True
 
-    def roll(self, run: int) -> tuple[set[str], set[str], bool]:
+    def roll(self, run: Run) -> tuple[set[str], set[str], bool]:
         """read_awaited.lua: who is back, who is awaited, and whether all are on the list."""
         known = self.awaited.get(run, {})
         back = {node for node, since in known.items() if since == float("-inf")}

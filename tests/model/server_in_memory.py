@@ -292,7 +292,10 @@ class RecordedStore(Store):
         return int(state.create_status(number, success == 1, result, RunningState(running), base, *epoch))
 
     def _select_client(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
-        number, client, meta, places, fit, _, *reserve, _, run = words
+        number, client, meta, places, fit, _, *reserve, _, run, ms = words
+        here = state.status is not None and state.status.number == number
+        if here and self._is_awaited(keys[5], ms):
+            return [b"awaited", 0]
         word, taken = state.select_client(
             number, self._id(client), meta, places, fit == 1, Reserve(*reserve), run
         )

@@ -442,10 +442,19 @@ class Server:
             number, places = seen[0], self.policy.start_threshold
             try:
                 word, count = await self.ask(
-                    "select_client", cluster.instance, number, fl_id, "1", places, True, RESERVE
+                    "select_client",
+                    cluster.instance,
+                    number,
+                    fl_id,
+                    "1",
+                    places,
+                    True,
+                    RESERVE,
+                    self.run_of_conn,
+                    HOLD_OFF_S,
                 )
-                if word in ("missing", "closed"):
-                    raise Missing if word == "missing" else Moved
+                if word in ("missing", "closed", "awaited"):
+                    raise {"missing": Missing, "closed": Moved, "awaited": Awaited}[word]
             except (Lost, Moved) as error:
                 if await self.settled_at(error, seen, until):
                     continue

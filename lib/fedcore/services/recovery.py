@@ -383,8 +383,8 @@ class Recovery:
     async def bring_back(self, cluster: ClusterState, run_id: str) -> Raised:
         """Tell the Redis with this run id what it has forgotten; see ``bring_back``.
 
-        No update is counted meanwhile, by nobody: a client may come again to another server than the one that holds
-        its update, and must be told so.
+        No place is given and no update counted meanwhile, by nobody: others may know a later iteration, and a client
+        may come again to another server than the one that holds its update, and must be told so.
         """
         driver = self._driver
         self._memory.begin_doubt(driver.others)

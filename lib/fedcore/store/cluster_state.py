@@ -50,7 +50,7 @@ class LeftOut(IterationMoved):
 
 
 class OthersAwaited(StoreError):
-    """Redis has lost data, and another server may hold the client's update already: ask again soon."""
+    """Redis has lost data, and another server may know of what it forgot, as of the client's update: ask again soon."""
 
 
 class LedgerRevoked(StoreError):
@@ -327,13 +327,16 @@ class ClusterState:
         return int(await self.redis.script("restore_waiting", names, [places, *kept]))
 
     async def await_nodes(self, run_id: str, node_id: str, others: Iterable[str]) -> str:
-        """Have no update counted until all have brought back what this Redis has forgotten, or HOLD_OFF_S are over.
+        """Have nobody served until all have brought back what this Redis has forgotten, or HOLD_OFF_S are over.
+
+        No place is given and no update counted: a server that stood still may know an iteration that is long over, or a
+        client's update may lie with one that has not told yet.
 
         Args:
             run_id: of this Redis.
             node_id: the server that calls.
             others: further ones that may hold updates, ANYBODY for those that cannot be named; those that are back
-                already are not awaited, and no update waits for ANYBODY.
+                already are not awaited, and no client waits for ANYBODY.
 
         Returns:
             What tells this call from one after another loss of data.
@@ -343,10 +346,10 @@ class ClusterState:
         return word.decode()
 
     async def await_founders(self) -> None:
-        """Have no update counted in this instance for HOLD_OFF_S: living servers may know an older one.
+        """Have nobody served in this instance for HOLD_OFF_S: living servers may know an older one.
 
         For a server that makes an instance of a job that is under way. Redis has lost its data; who lives still brings
-        the older instance back, and an update that was counted in this one would be lost with it.
+        the older instance back, and a place or an update that was counted in this one would be lost with it.
         """
         await self.await_nodes(self.redis.run_id, keys.FOUNDERS, ())
 
@@ -394,10 +397,11 @@ class ClusterState:
 
         Raises:
             IterationMoved: no place is given in that iteration now.
+            OthersAwaited: Redis has lost data, and not everybody has brought back yet what it knows.
             StateMissing: Redis holds no state.
         """
         names = [self.keys.status, self.keys.clients(number), self.keys.uploads(number), self.keys.waiting]
-        names.append(keys.instance_name(self.keys.fl_name))
+        names += [keys.instance_name(self.keys.fl_name), self.keys.awaited(self.redis.run_id)]
         arguments: list[Argument] = [
             number,
             client_key(fl_id),
@@ -408,6 +412,7 @@ class ClusterState:
             *reserve,
             self.keys.instance,
             self.redis.run_id,
+            int(keys.HOLD_OFF_S * 1000),
         ]
         word, count = await self.redis.script("select_client", names, arguments)
         self._raise_if_elsewhere(word, count)

@@ -38,15 +38,18 @@ class _Script:
     digest: str
 
 
+def _read_scripts() -> dict[str, _Script]:
+    files = (resources.files("fedcore.store") / "scripts").iterdir()
+    texts = {path.name.removesuffix(".lua"): path.read_text() for path in files if path.name.endswith(".lua")}
+    shared = texts.pop("shared")
+    return {name: _script(shared + text) for name, text in texts.items()}
+
+
 def _script(text: str) -> _Script:
     return _Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-_SCRIPTS = {
-    path.name.removesuffix(".lua"): _script(path.read_text())
-    for path in (resources.files("fedcore.store") / "scripts").iterdir()
-    if path.name.endswith(".lua")
-}
+_SCRIPTS = _read_scripts()
 
 
 class _ScriptForgotten(Exception):

@@ -35,15 +35,7 @@ if masked and masked ~= ARGV[16] then return {'changed', 0, ''} end
 local count = redis.call('HLEN', KEYS[3])
 if holder then return {'accepted', count, redis.call('HGET', KEYS[2], ARGV[4])} end
 if (attempt or '1') ~= ARGV[2] or (state or '0') ~= '0' then return {'closed', tonumber(number), ''} end
-local awaited = redis.call('HGETALL', KEYS[8])
-if #awaited > 0 then
-  local time = redis.call('TIME')
-  local now = time[1] * 1000 + math.floor(time[2] / 1000)
-  for i = 1, #awaited, 2 do
-    local node, since = awaited[i], awaited[i + 1]
-    if node ~= '' and since ~= 'back' and now - since < tonumber(ARGV[11]) then return {'awaited', 0, ''} end
-  end
-end
+if others_are_awaited(KEYS[8], ARGV[11]) then return {'awaited', 0, ''} end
 local open = (phase or 'collecting') == 'collecting'
 local forgotten = ARGV[12] == '1' and (phase == 'sealed' or phase == 'reducing')
 if count >= tonumber(ARGV[5]) or not (open or forgotten) then return {'full', count, ''} end
@@ -71,7 +63,6 @@ redis.call('HSET', KEYS[3], ARGV[4], ARGV[6])
 if count == 0 then
   redis.call('EXPIRE', KEYS[2], ARGV[8])
   redis.call('EXPIRE', KEYS[3], ARGV[8])
-  local time = redis.call('TIME')
-  redis.call('HSET', KEYS[1], 'firstUploadMs', time[1] * 1000 + math.floor(time[2] / 1000))
+  redis.call('HSET', KEYS[1], 'firstUploadMs', now_ms())
 end
 return {'accepted', count + 1, meta}

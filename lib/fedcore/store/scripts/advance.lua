@@ -14,8 +14,7 @@ redis.call('HSET', KEYS[1], 'iterationNum', ARGV[6], 'lastIterationSuccess', ARG
 redis.call('HDEL', KEYS[1], 'token', 'aggregate', 'digest', 'updates', 'loss', 'accuracy', 'startedMs',
   'firstUploadMs', 'sealedMs', 'filledMs', 'lost', 'run')
 if filled and ARGV[7] == '1' then
-  local time = redis.call('TIME')
-  local took = time[1] * 1000 + math.floor(time[2] / 1000) - filled
+  local took = now_ms() - filled
   if took >= 0 then redis.call('HSET', KEYS[1], 'typicalMs', took) end  -- else somebody has set the clock
 end
 if ARGV[9] == '1' then redis.call('HSET', KEYS[1], 'runningState', 2) end

@@ -26,8 +26,7 @@ local answer = {'repeated', 0}
 if not ended and redis.call('HSETNX', KEYS[4], ARGV[5], 1) == 1 then
   local count = redis.call('HINCRBY', KEYS[3], 'getClientList', 1)
   if count == 1 then
-    local time = redis.call('TIME')
-    redis.call('HSET', KEYS[3], 'getClientList:ms', time[1] * 1000 + math.floor(time[2] / 1000), 'list:run', run)
+    redis.call('HSET', KEYS[3], 'getClientList:ms', now_ms(), 'list:run', run)
     redis.call('EXPIRE', KEYS[4], ARGV[6])
   end
   if count == 1 or count == tonumber(ARGV[7]) then redis.call('PUBLISH', ARGV[4], 'getClientList') end

@@ -25,8 +25,7 @@ redis.call('HSET', KEYS[4], ARGV[5], ARGV[9] .. ARGV[10])
 if held then return {'counted', count} end
 count = redis.call('HINCRBY', KEYS[3], 'exchangeKeys', 1)
 if count == 1 then
-  local time = redis.call('TIME')
-  redis.call('HSET', KEYS[3], 'exchangeKeys:ms', time[1] * 1000 + math.floor(time[2] / 1000))
+  redis.call('HSET', KEYS[3], 'exchangeKeys:ms', now_ms())
   redis.call('EXPIRE', KEYS[3], ARGV[6])
   redis.call('EXPIRE', KEYS[4], ARGV[6])
 end

@@ -23,8 +23,7 @@ if ended or redis.call('HSETNX', KEYS[4], ARGV[5], 1) == 0 then return {'repeate
 
 local count = redis.call('HINCRBY', KEYS[3], ARGV[9], 1)
 if count == 1 then
-  local time = redis.call('TIME')
-  redis.call('HSET', KEYS[3], ARGV[9] .. ':ms', time[1] * 1000 + math.floor(time[2] / 1000))
+  redis.call('HSET', KEYS[3], ARGV[9] .. ':ms', now_ms())
   redis.call('EXPIRE', KEYS[4], ARGV[6])
 end
 if count == 1 or count == tonumber(ARGV[7]) then redis.call('PUBLISH', ARGV[4], ARGV[9]) end

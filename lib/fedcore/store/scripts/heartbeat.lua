@@ -4,7 +4,6 @@
 -- Returns 1.
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[3])
-local time = redis.call('TIME')
-redis.call('SET', KEYS[6], time[1] * 1000 + math.floor(time[2] / 1000), 'NX')
+redis.call('SET', KEYS[6], now_ms(), 'NX')
 for _, key in ipairs({KEYS[1], KEYS[3], KEYS[4], KEYS[5], KEYS[6]}) do redis.call('EXPIRE', key, ARGV[4]) end
 return 1

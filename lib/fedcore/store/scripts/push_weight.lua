@@ -11,13 +11,7 @@ local number, attempt, phase, aggregate, digest, state =
 if number ~= ARGV[2] or (attempt or '1') ~= ARGV[3] or (state or '0') ~= '0' then return 0 end
 if phase == 'trained' and digest == ARGV[5] then return 1 end
 if phase ~= 'training' or aggregate ~= ARGV[4] then return 0 end
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local awaited = redis.call('HGETALL', KEYS[2])
-for i = 1, #awaited, 2 do
-  local node, since = awaited[i], awaited[i + 1]
-  if node ~= '' and since ~= 'back' and now - since < tonumber(ARGV[6]) then return -1 end
-end
+if others_are_awaited(KEYS[2], ARGV[6]) then return -1 end
 redis.call('HSET', KEYS[1], 'phase', 'trained', 'digest', ARGV[5])
 redis.call('PUBLISH', ARGV[1], 'trained')
 return 1

@@ -32,8 +32,7 @@ redis.call('HDEL', KEYS[2], 'token', 'aggregate', 'digest', 'updates', 'loss', '
   'firstUploadMs', 'sealedMs', 'filledMs', 'lost', 'disabled', 'run')
 redis.call('HSET', KEYS[2], 'iterationNum', ARGV[6], 'attempt', ARGV[7], 'phase', ARGV[8], 'epoch', ARGV[2],
   'fence', math.max(fence, higher), unpack(ARGV, 13))
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local now = now_ms()
 for i, field in ipairs({'startedMs', 'firstUploadMs', 'sealedMs'}) do
   if ARGV[9 + i] ~= '' then redis.call('HSET', KEYS[2], field, now - ARGV[9 + i]) end
 end

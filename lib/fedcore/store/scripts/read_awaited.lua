@@ -2,9 +2,8 @@
 -- KEYS: awaited hash of this Redis, listed   ARGV: milliseconds to wait for others, milliseconds that a lease lasts
 -- Returns {node ids that are back, node ids that are awaited, 1 if all who lived lately are on the list}; the first two
 -- are empty if no loss is known. The list tells all if it has not been emptied for as long as a lease lasts. The node id "?"
--- holds up updates alone, see await_nodes.lua.
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+-- holds up places and updates alone, see await_nodes.lua.
+local now = now_ms()
 local back, awaited = {}, {}
 local nodes = redis.call('HGETALL', KEYS[1])
 for i = 1, #nodes, 2 do

@@ -5,10 +5,9 @@
 local name = redis.call('GET', KEYS[2]) or ''
 local number = redis.call('HGET', KEYS[1], 'iterationNum')
 if not number then return {name} end
-local now = redis.call('TIME')
 local answer = {
   name,
-  now[1] * 1000 + math.floor(now[2] / 1000),
+  now_ms(),
   redis.call('HLEN', ARGV[1] .. number .. ':clients:Hash'),
   redis.call('HLEN', ARGV[1] .. number .. ':uploads:Hash'),
 }

@@ -28,8 +28,7 @@ for i = 1, #uploads, 2 do
   end
 end
 if sealed then
-  local time = redis.call('TIME')
-  local stood = time[1] * 1000 + math.floor(time[2] / 1000) - sealed
+  local stood = now_ms() - sealed
   if started then redis.call('HSET', KEYS[1], 'startedMs', started + stood) end
   if first then redis.call('HSET', KEYS[1], 'firstUploadMs', first + stood) end
 end

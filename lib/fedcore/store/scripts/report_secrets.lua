@@ -24,8 +24,7 @@ if ARGV[8] ~= '1' then return {'unfit', 0, uploader} end
 redis.call('HSET', KEYS[4], ARGV[5], ARGV[9])
 local count = redis.call('HINCRBY', KEYS[3], 'reconstructSecrets', 1)
 if count == 1 then
-  local time = redis.call('TIME')
-  redis.call('HSET', KEYS[3], 'reconstructSecrets:ms', time[1] * 1000 + math.floor(time[2] / 1000))
+  redis.call('HSET', KEYS[3], 'reconstructSecrets:ms', now_ms())
   redis.call('EXPIRE', KEYS[4], ARGV[6])
 end
 if count == 1 or count >= tonumber(ARGV[7]) then redis.call('PUBLISH', ARGV[4], 'reconstructSecrets') end

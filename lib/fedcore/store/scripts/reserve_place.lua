@@ -3,8 +3,7 @@
 -- ARGV: client, places, when it is told to return and how long after that its place is kept (milliseconds; the first
 --       from now on)
 -- Returns 1, or 0 if too many wait already. See select_client.lua for what follows.
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local now = now_ms()
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[4])
 local most = 4 * tonumber(ARGV[2])
 if not redis.call('ZSCORE', KEYS[1], ARGV[1]) and redis.call('ZCARD', KEYS[1]) >= most then return 0 end

@@ -4,8 +4,7 @@
 --       first from now on, less than 0 if it should be back), ...
 -- Who has a place now waits no more. Of two times of return the later one counts: it was told last.
 -- Returns how many were forgotten.
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local now = now_ms()
 local most, restored, lifetime = 4 * tonumber(ARGV[1]), 0, 0
 for i = 2, #ARGV, 3 do
   local client, returns = ARGV[i], now + ARGV[i + 1]

@@ -5,7 +5,6 @@ local number, attempt, phase, state =
   unpack(redis.call('HMGET', KEYS[1], 'iterationNum', 'attempt', 'phase', 'runningState'))
 if number ~= ARGV[2] or (attempt or '1') ~= ARGV[3] or (state or '0') ~= '0' then return 0 end
 if (phase or 'collecting') ~= 'collecting' or redis.call('HLEN', KEYS[2]) < tonumber(ARGV[4]) then return 0 end
-local time = redis.call('TIME')
-redis.call('HSET', KEYS[1], 'phase', 'sealed', 'sealedMs', time[1] * 1000 + math.floor(time[2] / 1000))
+redis.call('HSET', KEYS[1], 'phase', 'sealed', 'sealedMs', now_ms())
 redis.call('PUBLISH', ARGV[1], 'sealed')
 return 1

@@ -1,10 +1,12 @@
 -- Give a client a place in the current iteration, at most once, and never more places than there are.
 -- KEYS: status hash, clients hash, uploads hash, waiting zset (clients and uploads of iteration ARGV[1]), name of the
---       job's instance
+--       job's instance, awaited hash of this Redis
 -- ARGV: iteration, client, meta, places, 1 if the request may have a place, lifetime in seconds,
 --       when a refused client is told to return, how long before that its place is kept free, and how long after
---       (all three in milliseconds; the first from now on), the server's instance, run id of this Redis
--- Returns {word, number}: "missing" (or the job has another instance); "closed" (not collecting, or another iteration: number is the current one);
+--       (all three in milliseconds; the first from now on), the server's instance, run id of this Redis,
+--       milliseconds to wait for others
+-- Returns {word, number}: "missing" (or the job has another instance); "closed" (not collecting, or another iteration:
+-- number is the current one); "awaited" (another server may know a later iteration, and has not brought it back yet);
 -- "known" (a repeat), "other key" (it holds a place with another key, see ClientMeta), "uploaded", "full", "reserved"
 -- (full, and this client was refused before), "unfit", or "selected" (number is the count).
 -- A client refused for want of a place waits in the zset under the time of its return, as one that reserve_place.lua has
@@ -15,6 +17,7 @@ if name and name ~= ARGV[10] then return {'missing', 0} end
 local number, phase, state = unpack(redis.call('HMGET', KEYS[1], 'iterationNum', 'phase', 'runningState'))
 if not number then return {'missing', 0} end
 if number ~= ARGV[1] or (state or '0') ~= '0' then return {'closed', tonumber(number)} end
+if others_are_awaited(KEYS[6], ARGV[12]) then return {'awaited', 0} end
 local held = redis.call('HGET', KEYS[2], ARGV[2])
 if held then
   -- What was brought back from a ledger has no key; that client's update is counted.
@@ -25,8 +28,7 @@ if held then
 end
 if (phase or 'collecting') ~= 'collecting' then return {'closed', tonumber(number)} end
 
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local now = now_ms()
 redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now - ARGV[9])
 local count, places = redis.call('HLEN', KEYS[2]), tonumber(ARGV[4])
 local mine = redis.call('ZSCORE', KEYS[4], ARGV[2])

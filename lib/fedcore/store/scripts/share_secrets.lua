@@ -26,8 +26,7 @@ end
 redis.call('HSET', KEYS[4], ARGV[5], 1)
 count = redis.call('HINCRBY', KEYS[3], 'shareSecrets', 1)
 if count == 1 then
-  local time = redis.call('TIME')
-  redis.call('HSET', KEYS[3], 'shareSecrets:ms', time[1] * 1000 + math.floor(time[2] / 1000))
+  redis.call('HSET', KEYS[3], 'shareSecrets:ms', now_ms())
   redis.call('EXPIRE', KEYS[4], ARGV[6])
 end
 if count == 1 or count == threshold then redis.call('PUBLISH', ARGV[4], 'shareSecrets') end

@@ -23,8 +23,7 @@ if ARGV[8] ~= '1' then return {'unfit', count, uploader} end
 redis.call('HSET', KEYS[4], ARGV[5], ARGV[9])
 count = redis.call('HINCRBY', KEYS[3], 'pushListSign', 1)
 if count == 1 then
-  local time = redis.call('TIME')
-  redis.call('HSET', KEYS[3], 'pushListSign:ms', time[1] * 1000 + math.floor(time[2] / 1000))
+  redis.call('HSET', KEYS[3], 'pushListSign:ms', now_ms())
   redis.call('EXPIRE', KEYS[4], ARGV[6])
 end
 if count == 1 or count == threshold then redis.call('PUBLISH', ARGV[4], 'pushListSign') end
