@@ -19,12 +19,14 @@ from fedcore.store.cluster_state import (
     IterationMoved,
     LeaseLapsed,
     LedgerRevoked,
+    OthersAwaited,
     Reserve,
     Snapshot,
     StateMissing,
     claim_instance,
 )
 from fedcore.store.instances import disable, enable, new_instance
+from fedcore.store.keys import DOUBT_S, HOLD_OFF_S
 from fedcore.store.redis import Redis
 
 _jobs = itertools.count(1)
@@ -41,6 +43,7 @@ BASES = st.sampled_from(["", "b1", "b2"])
 AHEAD = st.sampled_from([0, 0, 0, 1])
 LAST_ITERATION = 2
 WINDOW_MS = 1000
+NEVER_MS = 1 << 42  # a time that does not come
 
 
 class Both:
@@ -80,6 +83,8 @@ class Both:
             return "revoked"
         except LeaseLapsed:
             return "lapsed"
+        except OthersAwaited:
+            return "awaited"
 
     def beat(self, node: str) -> None:
         """A heart beats, and the lease does not run out by itself."""
@@ -161,9 +166,16 @@ class Both:
         if self.elsewhere:
             return real, "missing"
         word, count = self.simulated.select_client(
-            number, fl_id, meta.pack(), places, fit, simulated.Reserve(*reserve), self.redis.run_id
+            number,
+            fl_id,
+            meta.pack(),
+            places,
+            fit,
+            simulated.Reserve(*reserve),
+            self.redis.run_id,
+            HOLD_OFF_S,
         )
-        return real, "missing" if word == "missing" else (word, count)
+        return real, word if word in ("missing", "awaited") else (word, count)
 
     def reserve(self, data: st.DataObject) -> tuple[Any, Any]:
         fl_id, places, reserve = data.draw(CLIENTS), data.draw(COUNTS), data.draw(st.sampled_from(RESERVES))
@@ -190,9 +202,19 @@ class Both:
         if self.elsewhere:
             return real, "missing"
         word, count, text = self.simulated.accept_upload(
-            number, attempt, requested, fl_id, quorum, ledger, node, fit, again
+            number,
+            attempt,
+            requested,
+            fl_id,
+            quorum,
+            ledger,
+            node,
+            fit,
+            again,
+            self.redis.run_id,
+            HOLD_OFF_S,
         )
-        if word in ("missing", "revoked", "lapsed"):
+        if word in ("missing", "revoked", "lapsed", "awaited"):
             return real, word
         if word == "closed":
             return real, (word, count)
@@ -215,7 +237,8 @@ class Both:
         place, digest = self.draw_place(data), data.draw(st.sampled_from(["d2", "d3"]))
         aggregate = data.draw(st.sampled_from(["d1", "d1", "d4"]))
         real = self.run(self.real.push_weight(*place, aggregate, digest))
-        return real, self.simulated.push_weight(*place, aggregate, digest)
+        done = self.simulated.push_weight(*place, aggregate, digest, self.redis.run_id, DOUBT_S)
+        return real, "awaited" if done < 0 else bool(done)
 
     def push_metrics(self, data: st.DataObject) -> tuple[Any, Any]:
         place = self.draw_place(data)
@@ -365,6 +388,18 @@ class Both:
         real = self.run(self.real.counted(number, ledger, fl_ids))
         return real, {fl_id: ClientMeta.unpack(text.encode()) for fl_id, text in expected.items()}
 
+    def lose_and_bring_back(self, data: st.DataObject) -> tuple[Any, Any]:
+        """Somebody is awaited until it says that it is back; no clock decides."""
+        run_id, node = self.redis.run_id, data.draw(NODES)
+        if data.draw(st.booleans()):
+            self.run(self.real.redis.command("HSETNX", self.real.keys.awaited(run_id), node, NEVER_MS))
+            self.simulated.awaited.setdefault(run_id, {}).setdefault(node, float("inf"))
+        else:
+            self.run(self.real.nodes_are_back(run_id, node, [node]))
+            self.simulated.nodes_are_back(run_id, node, [node])
+        roll = self.run(self.real.roll())
+        return (roll.back, roll.awaited), self.simulated.roll(run_id)[:2]
+
     def switch(self, data: st.DataObject) -> tuple[Any, Any]:
         """What somebody writes who knows only the protocol's fields, and attempts that begin elsewhere."""
         status = self.simulated.status
@@ -417,6 +452,7 @@ OPERATIONS = [
     Both.owner,
     Both.forget,
     Both.live_or_die,
+    Both.lose_and_bring_back,
     Both.switch,
 ]
 

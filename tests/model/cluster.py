@@ -288,8 +288,10 @@ class SharedState:
             return "closed", status.number, ""
         if self.others_are_awaited(run, hold_off):
             return "awaited", 0, ""
-        forgotten = again and status.phase in (Phase.SEALED, Phase.REDUCING)
-        if len(uploads) >= quorum or not (status.phase is Phase.COLLECTING or forgotten):
+        is_open = status.phase is Phase.COLLECTING
+        again = again and (is_open or status.phase in (Phase.SEALED, Phase.REDUCING))
+        room = len(uploads) < quorum or (again and run in self.awaited)
+        if not room or not (is_open or again):
             return "full", len(uploads), ""
         if client not in clients:
             return "unknown", len(uploads), ""
@@ -323,12 +325,14 @@ class SharedState:
         known.update(dict.fromkeys(nodes, float("-inf")))
         return True
 
-    def roll(self, run: Run) -> tuple[set[str], set[str], bool]:
+    def roll(
+        self, run: Run, doubt: float = DOUBT_S, lease: float = HEARTBEAT_TTL_S
+    ) -> tuple[set[str], set[str], bool]:
         """read_awaited.lua: who is back, who is awaited, and whether all are on the list."""
         known = self.awaited.get(run, {})
         back = {node for node, since in known.items() if since == float("-inf")}
-        awaited = {node for node, since in known.items() if self.clock() - since < DOUBT_S} - {FOUNDERS}
-        return back, awaited, self.listed is not None and self.clock() - self.listed >= HEARTBEAT_TTL_S
+        awaited = {node for node, since in known.items() if self.clock() - since < doubt} - {FOUNDERS}
+        return back, awaited, self.listed is not None and self.clock() - self.listed >= lease
 
     # ---- members and ledgers
 
@@ -456,17 +460,27 @@ class SharedState:
             self.told(phase.value)
         return True
 
-    def push_weight(self, number: int, attempt: int, aggregate: str, digest: str) -> bool:
+    def push_weight(
+        self,
+        number: int,
+        attempt: int,
+        aggregate: str,
+        digest: str,
+        run: Run = "",
+        hold_off: float = 0.0,
+    ) -> int:
         s = self.status
         if s is None or (s.number, s.attempt, s.running) != (number, attempt, RUNNING):
-            return False
+            return 0
         if s.phase is Phase.TRAINED and s.digest == digest:
-            return True
+            return 1
         if s.phase is not Phase.TRAINING or s.aggregate != aggregate:
-            return False
+            return 0
+        if self.others_are_awaited(run, hold_off):
+            return -1
         s.phase, s.digest = Phase.TRAINED, digest
         self.told("trained")
-        return True
+        return 1
 
     def push_metrics(self, number: int, attempt: int, loss: float, accuracy: float) -> bool:
         s = self.status

@@ -53,7 +53,6 @@ from fedcore.services.terms import ledger_shape
 from fedcore.services.unmasking import Unmasking
 from fedcore.services.update_intake import UpdateIntake
 from fedcore.store.cluster_state import CIPHER_ROUNDS
-from fedcore.store.keys import FOUNDERS
 from fedcore.store.redis import Argument
 from fedcore.wire import codec
 from fedcore.wire.arrays import Layout, Weight
@@ -66,7 +65,6 @@ LAYOUT = Layout((Weight("who", (len(CLIENTS),)),))
 TEMPLATE = ImageTemplate(LAYOUT)
 FIRST_MODEL = TEMPLATE.image({"who": np.zeros(len(CLIENTS), np.float32)})
 HOLD_S = 8.0
-_BACK = float("-inf")
 _LEASE_MS = 10_000
 _BIRTH = datetime(2026, 1, 1)
 _MAX_FRAME = 1 << 20
@@ -155,7 +153,6 @@ class RecordedStore(Store):
     Attributes:
         run: number of the process; another one after a fail-over.
         texts: plain keys, but the instance's name.
-        awaited: who may still bring back what was lost, by key.
         ends: iteration -> how it ended.
         forgotten: iterations whose end Redis has lost and was not told again.
         standby: what the replica has, None if there is none; it catches up when somebody waits for it.
@@ -165,7 +162,6 @@ class RecordedStore(Store):
     def __init__(self, clock: Callable[[], float], told: Callable[[str], object]) -> None:
         super().__init__(clock, told, _LEASE_MS)
         self.texts: dict[str, str] = {}
-        self.awaited: dict[str, dict[str, float]] = {}  # key -> node id -> since when
         self.ends: dict[int, End] = {}
         self.forgotten: set[int] = set()
         self.standby: RecordedStore | None = None
@@ -293,11 +289,8 @@ class RecordedStore(Store):
 
     def _select_client(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
         number, client, meta, places, fit, _, *reserve, _, run, ms = words
-        here = state.status is not None and state.status.number == number
-        if here and self._is_awaited(keys[5], ms):
-            return [b"awaited", 0]
         word, taken = state.select_client(
-            number, self._id(client), meta, places, fit == 1, Reserve(*reserve), run
+            number, self._id(client), meta, places, fit == 1, Reserve(*reserve), run, ms
         )
         return [word.encode(), taken]
 
@@ -312,11 +305,18 @@ class RecordedStore(Store):
 
     def _accept_upload(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
         number, attempt, requested, client, quorum, ledger_id, fit, _, node_id, _, ms, again = words
-        new = self._id(client) and client not in state.uploads.get(requested, {})
-        if new and self._is_awaited(keys[7], ms):
-            return [b"awaited", 0, b""]
         word, counted, text = state.accept_upload(
-            number, attempt, requested, self._id(client), quorum, ledger_id, node_id, fit == 1, again == 1
+            number,
+            attempt,
+            requested,
+            self._id(client),
+            quorum,
+            ledger_id,
+            node_id,
+            fit == 1,
+            again == 1,
+            self._run(keys[7]),
+            ms,
         )
         return [word.encode(), counted, text.encode()]
 
@@ -342,10 +342,7 @@ class RecordedStore(Store):
         _, number, attempt, aggregate, digest, ms, instance = words
         if self.name not in ("", instance):
             return 0
-        again = state.status is not None and state.status.digest == digest
-        if not again and self._is_awaited(keys[1], ms):
-            return -1
-        return int(state.push_weight(number, attempt, aggregate, digest))
+        return state.push_weight(number, attempt, aggregate, digest, self._run(keys[1]), ms)
 
     def _push_metrics(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
         _, number, attempt, loss, accuracy = words
@@ -379,34 +376,23 @@ class RecordedStore(Store):
         word, restored = state.restore_clients(number, ledger_id, node_id, metas, base)
         return [word.encode(), restored]
 
-    def _is_awaited(self, key: str, ms: int) -> bool:
-        nodes = self.awaited.get(key, {})
-        return any(node and self.clock() - since < ms for node, since in nodes.items())
+    @staticmethod
+    def _run(awaited: str) -> str:
+        """The run id in the name of an awaited hash."""
+        return awaited.split(":")[3]
 
     def _read_awaited(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
-        nodes = self.awaited.get(keys[0], {})
-        back = [node.encode() for node, since in nodes.items() if since == _BACK]
-        awaited = [
-            node.encode()
-            for node, since in nodes.items()
-            if node != FOUNDERS and self.clock() - since < words[0]
-        ]
-        listed = state.listed is not None and self.clock() - state.listed >= words[1]
-        return [back, awaited, int(listed)]
+        back, awaited, all_listed = state.roll(self._run(keys[0]), *words)
+        return [[node.encode() for node in back], [node.encode() for node in awaited], int(all_listed)]
 
     def _await_nodes(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> bytes:
-        known = self.awaited.setdefault(keys[0], {})
-        for node in words[1:]:
-            known.setdefault(node, self.clock())
-        return repr(known[words[1]]).encode()
+        _, node_id, *others = words
+        return repr(state.await_nodes(self._run(keys[0]), node_id, others)).encode()
 
     def _nodes_are_back(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
         _, node_id, call, *nodes = words
-        known = self.awaited.setdefault(keys[0], {})
-        if call and repr(known.get(node_id)) not in (call, repr(_BACK)):
-            return 0
-        known.update(dict.fromkeys(nodes, _BACK))
-        return 1
+        since = float(call) if call else None
+        return int(state.nodes_are_back(self._run(keys[0]), node_id, nodes, since))
 
     def _own_ledger(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
         return int(state.own_ledger(*words[:3]))

@@ -1081,11 +1081,13 @@ class Server:
 
     async def claim_again(self, ask: Any, instance: str, ledger_id: str) -> bool:
         """Ledgers.claim_again"""
-        owner, before = await ask("ledger_owner", instance, ledger_id), self.former.get(ledger_id, "")
-        if owner not in ("", REVOKED) and self.world.host_of(owner) == self.host:
-            before = owner
-        taken: bool = await ask("own_ledger", instance, ledger_id, self.name, before)
-        return owner == self.name or taken
+        owner = await ask("ledger_owner", instance, ledger_id)
+        if owner in (self.name, REVOKED):
+            return bool(owner == self.name)
+        stranger = owner not in ("", self.former.get(ledger_id)) and self.world.host_of(owner) != self.host
+        if not stranger or not await ask("is_alive", instance, owner):
+            await ask("own_ledger", instance, ledger_id, self.name, owner)
+        return True
 
     async def restore(
         self, ask: Any, cluster: Membership, epoch: Epoch, ledger_id: str, clients: Mapping[str, object]

@@ -220,13 +220,20 @@ class Ledgers:
     async def claim_again(self, cluster: ClusterState, ledger_id: str, node_id: str) -> bool:
         """Own an adopted ledger again, if the shared state has forgotten that it was adopted.
 
+        It may have forgotten more than one owner, and name one of another host, which handed the ledger to the one
+        that handed it over here. As long as that one's lease holds, the ledger stays what it is: there and here.
+
         Returns:
-            Whether it is this server's; False if it was revoked, or another host has it.
+            Whether it is to be kept; False if it was revoked.
         """
-        owner, before = await cluster.ledger_owner(ledger_id), self._former.get(ledger_id, "")
-        if owner not in ("", REVOKED) and host_of(owner) == host_of(node_id):
-            before = owner  # it is no other's of this host, which would have to hold its lock
-        return owner == node_id or await cluster.own_ledger(ledger_id, node_id, before)
+        owner = await cluster.ledger_owner(ledger_id)
+        if owner in (node_id, REVOKED):
+            return owner == node_id
+        # Nobody else on this host can own it without the file's lock.
+        stranger = owner not in ("", self._former.get(ledger_id)) and host_of(owner) != host_of(node_id)
+        if not stranger or not await cluster.is_alive("server", owner):
+            await cluster.own_ledger(ledger_id, node_id, owner)
+        return True
 
     def drop(self, ledger_id: str) -> None:
         """Let go of an adopted ledger, which was revoked."""

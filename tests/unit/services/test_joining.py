@@ -69,10 +69,10 @@ def test_who_makes_an_instance_of_a_job_under_way_counts_nothing_yet(
     store: RecordedStore, first: int, waits: bool
 ) -> None:
     """Servers that live may know an older instance, and bring it back."""
-    assert bool(joined(store, first=first).cluster.keys.instance) and bool(store.awaited) is waits
-    store.awaited.clear()
+    assert bool(joined(store, first=first).cluster.keys.instance) and bool(store.now.awaited) is waits
+    store.now.awaited.clear()
     joined(store, first=first, proposed="i_2")  # it is there already
-    assert not store.awaited
+    assert not store.now.awaited
 
 
 def test_a_job_whose_iterations_are_all_done_is_finished(store: RecordedStore) -> None:

@@ -15,7 +15,8 @@
 -- count, text the client's meta). A repeat by the same ledger is accepted again, even in a later attempt or while the job
 -- is disabled: its owner knows whether it has kept the update, or lost the first reply.
 -- A sealed iteration has its quorum: one below it has lost some that count. An update that was asked about before may be
--- of them, and another server may have told its client that it counts: it is taken back, as long as no model is made.
+-- of them, and another server may have told its client that it counts: it is taken back, as long as no model is made. If
+-- this Redis has lost data, so it is beyond the quorum: others may have taken the place of what was forgotten.
 -- Two updates under the same masks would tell the difference of what is in them, so a masked one comes again, after its
 -- ledger was lost, only as it was.
 -- A vector is kept in the same step as its update is counted, so a repeat keeps nothing twice. It takes the place of its
@@ -37,8 +38,9 @@ if holder then return {'accepted', count, redis.call('HGET', KEYS[2], ARGV[4])} 
 if (attempt or '1') ~= ARGV[2] or (state or '0') ~= '0' then return {'closed', tonumber(number), ''} end
 if others_are_awaited(KEYS[8], ARGV[11]) then return {'awaited', 0, ''} end
 local open = (phase or 'collecting') == 'collecting'
-local forgotten = ARGV[12] == '1' and (phase == 'sealed' or phase == 'reducing')
-if count >= tonumber(ARGV[5]) or not (open or forgotten) then return {'full', count, ''} end
+local again = ARGV[12] == '1' and (open or phase == 'sealed' or phase == 'reducing')
+local room = count < tonumber(ARGV[5]) or (again and redis.call('EXISTS', KEYS[8]) == 1)
+if not room or not (open or again) then return {'full', count, ''} end
 local meta = redis.call('HGET', KEYS[2], ARGV[4])
 if not meta then return {'unknown', count, ''} end
 if ARGV[3] ~= number then return {'other', tonumber(number), ''} end
