@@ -749,13 +749,12 @@ class TestAccept:
         assert ready.accept("b", again=True) == (Acceptance.ACCEPTED, 2, META)
         assert ready.accept("c", quorum=9) == (Acceptance.FULL, 2, None)
 
-    def test_so_does_a_full_one_if_redis_has_lost_data(self, ready: Shared) -> None:
+    def test_so_does_a_full_one_that_redis_has_forgotten_some_of(self, ready: Shared) -> None:
         """Others may have taken the place of what was forgotten, and a client been told meanwhile that it counts."""
         ready.accept("a")
         assert ready.accept("b", quorum=1, again=True) == (Acceptance.FULL, 1, None)
-        run_id = ready.state.redis.run_id
-        ready.run(ready.state.await_nodes(run_id, "node-1", []))
-        ready.run(ready.state.nodes_are_back(run_id, "node-1", ["node-1"]))
+        ready.command("HDEL", ready.state.keys.clients(5), client_key("c"))
+        ready.run(ready.state.restore_clients(5, "", "node-1", {client_key("c"): META}))
         assert ready.accept("b", quorum=1, again=True) == (Acceptance.ACCEPTED, 2, META)
         assert ready.accept("c", quorum=1) == (Acceptance.FULL, 2, None), "only what was asked before"
         assert ready.seal()

@@ -290,7 +290,7 @@ class SharedState:
             return "awaited", 0, ""
         is_open = status.phase is Phase.COLLECTING
         again = again and (is_open or status.phase in (Phase.SEALED, Phase.REDUCING))
-        room = len(uploads) < quorum or (again and run in self.awaited)
+        room = len(uploads) < quorum or (again and status.run == "")
         if not room or not (is_open or again):
             return "full", len(uploads), ""
         if client not in clients:
