@@ -749,17 +749,6 @@ class TestAccept:
         assert ready.accept("b", again=True) == (Acceptance.ACCEPTED, 2, META)
         assert ready.accept("c", quorum=9) == (Acceptance.FULL, 2, None)
 
-    def test_so_does_a_full_one_that_redis_has_forgotten_some_of(self, ready: Shared) -> None:
-        """Others may have taken the place of what was forgotten, and a client been told meanwhile that it counts."""
-        ready.accept("a")
-        assert ready.accept("b", quorum=1, again=True) == (Acceptance.FULL, 1, None)
-        ready.command("HDEL", ready.state.keys.clients(5), client_key("c"))
-        ready.run(ready.state.restore_clients(5, "", "node-1", {client_key("c"): META}))
-        assert ready.accept("b", quorum=1, again=True) == (Acceptance.ACCEPTED, 2, META)
-        assert ready.accept("c", quorum=1) == (Acceptance.FULL, 2, None), "only what was asked before"
-        assert ready.seal()
-        assert ready.accept("c", quorum=1, again=True) == (Acceptance.ACCEPTED, 3, META)
-
     def test_so_does_one_that_is_being_summed_until_its_model_is_made(self, ready: Shared) -> None:
         ready.accept("a")
         token = ready.claimed()

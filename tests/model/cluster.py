@@ -288,10 +288,8 @@ class SharedState:
             return "closed", status.number, ""
         if self.others_are_awaited(run, hold_off):
             return "awaited", 0, ""
-        is_open = status.phase is Phase.COLLECTING
-        again = again and (is_open or status.phase in (Phase.SEALED, Phase.REDUCING))
-        room = len(uploads) < quorum or (again and status.run == "")
-        if not room or not (is_open or again):
+        forgotten = again and status.phase in (Phase.SEALED, Phase.REDUCING)
+        if len(uploads) >= quorum or not (status.phase is Phase.COLLECTING or forgotten):
             return "full", len(uploads), ""
         if client not in clients:
             return "unknown", len(uploads), ""

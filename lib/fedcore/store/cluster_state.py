@@ -481,8 +481,7 @@ class ClusterState:
             node_id: the server, which must own that ledger and hold a lease.
             fit: False only asks what the answer would be.
             again: whether this was asked before, and the answer lost: then a sealed iteration that lacks updates, as
-                Redis has forgotten some, takes it back; and one of which Redis is known to have forgotten something
-                does so beyond the quorum, as long as it has no model.
+                Redis has forgotten some, takes it back.
             vector: the client's evaluation vector, kept in the same step if the update is counted now; b"" for none.
             kept: of how many clients the vectors are kept, the newest of each.
             masked: what is to be known of a masked update, None for others.

@@ -15,9 +15,7 @@
 -- count, text the client's meta). A repeat by the same ledger is accepted again, even in a later attempt or while the job
 -- is disabled: its owner knows whether it has kept the update, or lost the first reply.
 -- A sealed iteration has its quorum: one below it has lost some that count. An update that was asked about before may be
--- of them, and another server may have told its client that it counts: it is taken back, as long as no model is made. If
--- something was forgotten of this iteration, field run says so, and it is taken back beyond the quorum too: others may
--- have taken its place.
+-- of them, and another server may have told its client that it counts: it is taken back, as long as no model is made.
 -- Two updates under the same masks would tell the difference of what is in them, so a masked one comes again, after its
 -- ledger was lost, only as it was.
 -- A vector is kept in the same step as its update is counted, so a repeat keeps nothing twice. It takes the place of its
@@ -28,8 +26,8 @@ local holder = redis.call('HGET', KEYS[4], ARGV[4])
 if holder and (holder ~= ARGV[6] or ARGV[3] ~= ARGV[1]) then return {'repeated', 0, holder} end
 if redis.call('HGET', KEYS[5], ARGV[6]) ~= ARGV[9] then return {'revoked', 0, ''} end
 if redis.call('EXISTS', KEYS[6]) == 0 then return {'lapsed', 0, ''} end
-local number, attempt, phase, state, run =
-  unpack(redis.call('HMGET', KEYS[1], 'iterationNum', 'attempt', 'phase', 'runningState', 'run'))
+local number, attempt, phase, state =
+  unpack(redis.call('HMGET', KEYS[1], 'iterationNum', 'attempt', 'phase', 'runningState'))
 if not number then return {'missing', 0, ''} end
 if number ~= ARGV[1] then return {'closed', tonumber(number), ''} end
 local masked = ARGV[16] and redis.call('HGET', KEYS[12], ARGV[4])
@@ -39,9 +37,8 @@ if holder then return {'accepted', count, redis.call('HGET', KEYS[2], ARGV[4])} 
 if (attempt or '1') ~= ARGV[2] or (state or '0') ~= '0' then return {'closed', tonumber(number), ''} end
 if others_are_awaited(KEYS[8], ARGV[11]) then return {'awaited', 0, ''} end
 local open = (phase or 'collecting') == 'collecting'
-local again = ARGV[12] == '1' and (open or phase == 'sealed' or phase == 'reducing')
-local room = count < tonumber(ARGV[5]) or (again and run == '')
-if not room or not (open or again) then return {'full', count, ''} end
+local forgotten = ARGV[12] == '1' and (phase == 'sealed' or phase == 'reducing')
+if count >= tonumber(ARGV[5]) or not (open or forgotten) then return {'full', count, ''} end
 local meta = redis.call('HGET', KEYS[2], ARGV[4])
 if not meta then return {'unknown', count, ''} end
 if ARGV[3] ~= number then return {'other', tonumber(number), ''} end
