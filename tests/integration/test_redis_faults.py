@@ -397,6 +397,38 @@ def test_flushall_that_nobody_meets_for_a_while(tmp_path: Path, hosts: dict[int,
         finish(run, range(6, PLACES), 2)
 
 
+def test_who_stood_still_gives_no_place_in_what_is_over_though_it_comes_first(tmp_path: Path) -> None:
+    with fleet_of(tmp_path, TWO_HOSTS, places=PLACES) as fleet, Run(fleet, probes=False) as run:
+        train(run)
+        run.see_everywhere(1)
+        wait_until(lambda: fleet.metric("fl_peers") == 2, "they know each other")
+        fleet.pause(0)
+        for _ in range(2):
+            run.start_all(range(PLACES), server=1)
+            run.upload(range(PLACES), server=1)
+            run.fetch(range(PLACES), server=1)
+        fleet.pause(1)
+        assert ask(fleet, "FLUSHALL") == "OK"
+        early = [threading.Thread(target=run.client(client).start, args=[0]) for client in range(PLACES)]
+        for thread in early:
+            thread.start()
+        fleet.resume(0)
+        wait_until(lambda: status_in(fleet).get("iterationNum") == "2", "it has told what it knows", 10)
+        fleet.resume(1)
+        for thread in early:
+            thread.join(10)
+        assert {run.client(client).iteration for client in range(PLACES)} == {4}
+        run.upload(range(PLACES))
+        run.fetch(range(PLACES))
+        assert run.judge(quorum=PLACES).members == dict.fromkeys(range(1, 5), EVERYBODY)
+
+
+def status_in(fleet: Fleet) -> dict[str, str]:
+    """Return what Redis says of the job."""
+    with RedisReader(fleet.cluster.redis_port) as redis:
+        return status_of(redis)
+
+
 def updates_known(fleet: Fleet, iteration: int) -> int:
     """Return how many updates of an iteration Redis counts."""
     instance = ask(fleet, "GET", "ms_fl:job:InstanceName:String")

@@ -674,8 +674,10 @@ class TestAccept:
         for fl_id in ("a", "b"):
             with pytest.raises(OthersAwaited):
                 open_five.select(fl_id)
+        assert open_five.run(open_five.state.holds_off())
         assert open_five.run(open_five.state.places_taken(5)) == 1
         open_five.run(open_five.state.nodes_are_back(run_id, "node-2", ["node-2"]))
+        assert not open_five.run(open_five.state.holds_off())
         assert open_five.select("b") == (Selection.SELECTED, 2)
 
     def test_places_wait_for_nobody_for_long(self, open_five: Shared) -> None:

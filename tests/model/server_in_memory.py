@@ -381,6 +381,9 @@ class RecordedStore(Store):
         """The run id in the name of an awaited hash."""
         return awaited.split(":")[3]
 
+    def _holds_off(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> int:
+        return int(state.others_are_awaited(self._run(keys[0]), words[0]))
+
     def _read_awaited(self, state: SharedState, keys: Sequence[str], words: Sequence[Any]) -> list[Any]:
         back, awaited, all_listed = state.roll(self._run(keys[0]), *words)
         return [[node.encode() for node in back], [node.encode() for node in awaited], int(all_listed)]

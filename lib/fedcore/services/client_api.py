@@ -45,6 +45,7 @@ from fedcore.store.cluster_state import (
     ClusterState,
     IterationMoved,
     MaskedUpdate,
+    OthersAwaited,
     Reserve,
     StateMissing,
 )
@@ -437,6 +438,9 @@ class ClientApi:
         """After the shared state proved to be elsewhere or away: whether another try is worth it."""
         if not self.left(until):
             return False
+        if isinstance(error, OthersAwaited):
+            await self.driver.others_back(self.left(until))
+            return True
         try:
             await self.driver.look()
         except StoreError:

@@ -119,7 +119,7 @@ class IterationDriver(Service):
         self._guarding = False
         self._look_wanted = False
         self._looking = False
-        self._waiting: list[defer.Deferred[None]] = []
+        self._waiting: dict[defer.Deferred[None], None] = {}  # in their order
         self._deadline: Any = None
         self._deadline_at = 0.0
         self._memory = Memory(reactor)
@@ -127,7 +127,7 @@ class IterationDriver(Service):
         self.opening = Opening(self, parts, reactor)
         self._finaliser = Finaliser(self, parts, self._memory, reactor)
         self._guard = UpdateGuard(self, parts, self._memory)
-        self._recovery = Recovery(self, parts, self._memory)
+        self._recovery = Recovery(self, parts, self._memory, reactor)
         self._run_id = ""  # of the Redis that knows all this server knows
         self._reporter.policy(self.policy)
         self._tick = task.LoopingCall(self._look_again)
@@ -190,6 +190,10 @@ class IterationDriver(Service):
         """Wait until this server can take part again, at most so many seconds; tell whether it can."""
         return await self.held_until(lambda: self.joined, seconds)
 
+    async def others_back(self, seconds: float) -> None:
+        """Hold a request as long as nobody is served, as others are to bring back first what Redis has lost."""
+        await self._recovery.others_back(seconds)
+
     async def held_until(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Hold a request as ``until`` waits, but not beyond the moment when requests are let go."""
         await self.until(lambda: self.letting_go or condition(), seconds)
@@ -206,11 +210,11 @@ class IterationDriver(Service):
         while not condition() and self.running and self._reactor.seconds() < limit:
             waiter: defer.Deferred[None] = defer.Deferred()
             waiter.addTimeout(limit - self._reactor.seconds(), self._reactor)
-            self._waiting.append(waiter)
+            self._waiting[waiter] = None
             try:
                 await waiter
             except defer.TimeoutError:
-                self._waiting = [other for other in self._waiting if other is not waiter]
+                self._waiting.pop(waiter, None)
         return condition()
 
     @property
@@ -573,7 +577,7 @@ class IterationDriver(Service):
 
     def wake(self) -> None:
         """Have all who wait look again at what they wait for."""
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting = self._waiting, {}
         wake_in_turns(self._reactor, waiting)
 
     def run(self, work: Coroutine[Any, Any, object]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from twisted.internet import task
 from twisted.logger import Logger
 
 from fedcore.config import hyper_parameters
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from fedcore.services.iteration_driver import IterationDriver, Parts
 
 JUMP_S = 2.0  # by so much Redis' clock may differ from one look to the next; more, and it was set
+ASK_S = 0.02  # between two looks at who has brought back something; others need milliseconds for it
 LOOK_S = 2.0  # of the time since the look before, one look tells at most so much; there is one a second
 # Who came and went between two looks is on the list still, unless there was more time between them.
 LIST_S = HEARTBEAT_TTL_S - LOOK_S
@@ -348,8 +350,10 @@ async def _restore(
 class Recovery:
     """What one server does about a Redis that has lost data; it works for the driver."""
 
-    def __init__(self, driver: IterationDriver, parts: Parts, memory: Memory) -> None:
+    def __init__(self, driver: IterationDriver, parts: Parts, memory: Memory, reactor: Any) -> None:
         self._driver = driver
+        self._reactor = reactor
+        self._held_off = False
         self._parts = parts
         self._memory = memory
         self._warned = False
@@ -411,6 +415,24 @@ class Recovery:
             await cluster.offer_hyper_parameters(hyper_parameters(driver.settings))
             await cluster.offer_model_info(model_info.describe(driver.models.newest_image.layout))
         return raised
+
+    async def others_back(self, seconds: float) -> None:
+        """Hold a request until all have brought back what Redis had forgotten, or are waited for no more.
+
+        However many are held, Redis is asked by one.
+        """
+        if not self._held_off:
+            self._held_off = True
+            self._driver.run(self._await_others())
+        await self._driver.held_until(lambda: not self._held_off, seconds)
+
+    async def _await_others(self) -> None:
+        try:
+            while self._driver.joined and await self._driver.joined_cluster().holds_off():
+                await task.deferLater(self._reactor, ASK_S)
+        finally:
+            self._held_off = False
+            self._driver.wake()
 
     async def tell_again(self) -> None:
         """Tell which clients' updates this server holds, after a ledger was given up.

@@ -368,6 +368,11 @@ class ClusterState:
         if len(arguments) > 3:
             await self.redis.script("nodes_are_back", [self.keys.awaited(run_id)], arguments)
 
+    async def holds_off(self) -> bool:
+        """Tell whether nobody is served, as ``await_nodes`` has asked for."""
+        names, arguments = [self.keys.awaited(self.redis.run_id)], [int(keys.HOLD_OFF_S * 1000)]
+        return bool(await self.redis.script("holds_off", names, arguments))
+
     async def roll(self) -> Roll:
         """Return who has brought back what this Redis had forgotten, and who may still do so, for DOUBT_S."""
         names = [self.keys.awaited(self.redis.run_id), self.keys.listed]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -256,12 +256,54 @@ def test_whom_a_ledger_that_was_given_up_held_too_counts_again(store: RecordedSt
     cluster = ClusterState(PromptRedis(store), "job", "i_1", 20_000)
     driver = SimpleNamespace(joined_cluster=lambda: cluster, iteration=Iteration(5), node_id=ME)
     parts: Any = SimpleNamespace(ledgers=ledgers)
-    result_of(Recovery(driver, parts, Memory(task.Clock())).tell_again())
+    result_of(Recovery(driver, parts, Memory(task.Clock()), task.Clock()).tell_again())
     assert state.uploads_of(5) == {"01": "own"}
     driver.iteration = Iteration(6)
     state.uploads[5].clear()
-    result_of(Recovery(driver, parts, Memory(task.Clock())).tell_again())
+    result_of(Recovery(driver, parts, Memory(task.Clock()), task.Clock()).tell_again())
     assert state.uploads_of(5) == {}, "of the iteration before"
+
+
+class TestHoldOff:
+    """Requests that wait until others have brought back what Redis lost."""
+
+    def test_one_asks_for_all_who_wait(self, store: RecordedStore) -> None:
+        clock, asked, held = task.Clock(), [0], [True]
+
+        class Cluster:
+            async def holds_off(self) -> bool:
+                asked[0] += 1
+                return held[0]
+
+        class Driver:
+            joined = True
+            waiting: ClassVar[list[defer.Deferred[None]]] = []
+
+            def joined_cluster(self) -> Cluster:
+                return Cluster()
+
+            def run(self, work: Coroutine[Any, Any, object]) -> None:
+                defer.Deferred.fromCoroutine(work)
+
+            def wake(self) -> None:
+                for waiter in self.waiting:
+                    waiter.callback(None)
+
+            async def held_until(self, condition: Callable[[], bool], seconds: float) -> None:
+                if not condition():
+                    self.waiting.append(defer.Deferred())
+                    await self.waiting[-1]
+                assert condition()
+
+        parts: Any = SimpleNamespace(ledgers=InHand())
+        recovery = Recovery(Driver(), parts, Memory(clock), clock)  # type: ignore[arg-type]
+        waiting = [defer.Deferred.fromCoroutine(recovery.others_back(8.0)) for _ in range(100)]
+        clock.pump([0.02] * 9)
+        assert asked == [10] and not any(waiter.called for waiter in waiting)
+        held[0] = False
+        clock.advance(0.02)
+        assert asked == [11] and all(waiter.called for waiter in waiting)
+        assert defer.Deferred.fromCoroutine(recovery.others_back(8.0)).called and asked == [12]
 
 
 class TestWaiting:
@@ -335,7 +377,7 @@ class TestRoll:
             models=SimpleNamespace(newest_image=SimpleNamespace(layout=Layout(()))),
         )
         store.at("i_1").own_ledger("own", ME)
-        result_of(Recovery(driver, parts, memory).bring_back(cluster, "1"))
+        result_of(Recovery(driver, parts, memory, task.Clock()).bring_back(cluster, "1"))
         return rolls, result_of(cluster.roll())
 
     def test_a_server_awaits_itself_too_until_its_ledger_is_told(self, store: RecordedStore) -> None:
