@@ -360,7 +360,7 @@ class Killer:
     def __init__(self, fleet: Fleet, victim: int | None, round_: str, nth: int) -> None:
         self.victim = victim
         self._fleet, self._round, self._left = fleet, round_, nth
-        self._lock = threading.Lock()
+        self._lock, self._dead = threading.Lock(), threading.Event()
 
     @property
     def done(self) -> bool:
@@ -378,10 +378,11 @@ class Killer:
         while self.victim is None:
             self.victim = next((n for n in self._fleet.hosts if counted_in(self._fleet, n)), None)
         self._fleet.kill(self.victim)
+        self._dead.set()
 
     def wait(self) -> int:
         """Wait until the server is dead; return how many updates are counted in its ledger."""
-        wait_until(lambda: self.victim is not None and not self._fleet.up(self.victim), "one dies", LOSS_S)
+        assert self._dead.wait(LOSS_S), "nobody dies"
         assert self.victim is not None
         return counted_in(self._fleet, self.victim)
 
