@@ -371,6 +371,21 @@ class TestRestart:
         reply = cluster.start("one")
         assert (reply.iteration, reply.feature_map[0].data[0]) == (2, 4.0)
 
+    def test_names_no_iteration_that_may_not_have_begun_before_it_has_joined(self, cluster: Cluster) -> None:
+        """Its newest model may be a candidate that nobody has published, and its iteration the current one."""
+        for number in (1, 2):
+            cluster.run_iteration(number, {"one": 1, "two": 1})
+            cluster.weights(number)
+        cluster.kill("server")
+        cluster.pause("redis")
+        cluster.start_server(ready=False)
+        wait_until(lambda: cluster.get_http(cluster.admin, "/livez") is not None, "it listens")
+        early = cluster.model(0)
+        assert (early.retcode, early.iteration) == (201, 2)
+        cluster.resume("redis")
+        wait_until(cluster.ready, "it has joined")
+        assert cluster.model(0).iteration == 3
+
     @pytest.mark.parametrize("refusal", ["startFLJob", "updateModel"])
     def test_without_redis_data_a_refused_client_is_not_refused_again(
         self, tmp_path: Path, refusal: str

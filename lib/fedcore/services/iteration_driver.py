@@ -99,7 +99,8 @@ class IterationDriver(Service):
         self.policy = policy_of(settings)
         self.models = parts.models
         self.cluster: ClusterState | None = None
-        self.iteration = Iteration(parts.models.newest + 1, base=parts.models.newest_image.digest)
+        # Until it has joined, it is sure of no later one: the newest model may never have been published.
+        self.iteration = Iteration(max(1, parts.models.newest), base=parts.models.newest_image.digest)
         self.others: list[str] = []
         self.places: dict[str, ClientMeta] = {}
         self.course = Course()
