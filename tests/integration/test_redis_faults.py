@@ -413,7 +413,7 @@ def test_who_stood_still_gives_no_place_in_what_is_over_though_it_comes_first(tm
         for thread in early:
             thread.start()
         fleet.resume(0)
-        wait_until(lambda: status_in(fleet).get("iterationNum") == "2", "it has told what it knows", 10)
+        wait_until(lambda: status(fleet).get("iterationNum") == "2", "it has told what it knows", 10)
         fleet.resume(1)
         for thread in early:
             thread.join(10)
@@ -421,12 +421,6 @@ def test_who_stood_still_gives_no_place_in_what_is_over_though_it_comes_first(tm
         run.upload(range(PLACES))
         run.fetch(range(PLACES))
         assert run.judge(quorum=PLACES).members == dict.fromkeys(range(1, 5), EVERYBODY)
-
-
-def status_in(fleet: Fleet) -> dict[str, str]:
-    """Return what Redis says of the job."""
-    with RedisReader(fleet.cluster.redis_port) as redis:
-        return status_of(redis)
 
 
 def updates_known(fleet: Fleet, iteration: int) -> int:

@@ -56,9 +56,7 @@ from dataclasses import dataclass
 
 HEARTBEAT_TTL_S = 10
 DOUBT_S = 10.0  # how long after a loss of data others may still bring back what they hold
-HOLD_OFF_S = (
-    1.5  # for so long nobody gets a place or is counted meanwhile; they need less, unless they stand still
-)
+HOLD_OFF_S = 1.5  # for so long nobody is served meanwhile; they need less, unless they stand still
 AWAITED_TTL_S = 3_600
 ANYBODY = (
     ""  # stands for servers that one has never seen on the list, as it has not watched it for long enough

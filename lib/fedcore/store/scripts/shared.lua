@@ -9,7 +9,8 @@ end
 -- Whether a server that is known by name has not brought back yet what this Redis has lost, and is waited for since less
 -- than some milliseconds; see await_nodes.lua for what stands in the hash.
 local function others_are_awaited(awaited, milliseconds)
-  local now, nodes = now_ms(), redis.call('HGETALL', awaited)
+  local nodes = redis.call('HGETALL', awaited)
+  local now = #nodes > 0 and now_ms()
   for i = 1, #nodes, 2 do
     local node, since = nodes[i], nodes[i + 1]
     if node ~= '' and since ~= 'back' and now - since < tonumber(milliseconds) then return true end
